@@ -1,0 +1,383 @@
+"""BI-BAU: backdoor unlearning as a bi-level problem (Zhu et al., ACM CCS 2026, section 4; Eq. 17-27).
+
+E-step: adversarial images that look like the backdoor to the *backdoored* model and keep their meaning for the model being
+purified. M-step: one optimiser step on clean and adversarial images under two Fisher-weighted penalties, one that keeps
+what the clean task needs (EWC) and one that drives out what the backdoor needs (inverse EWC).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+
+from bibau_jax import keys, parallel, train
+from bibau_jax.data import ImageSet
+from bibau_jax.data.augment import crop_and_flip
+from bibau_jax.defenses.protocol import Purified, as_data, check_clean, watch
+from bibau_jax.errors import UserError
+from bibau_jax.information import diagonal_fisher
+from bibau_jax.method import ewc, pgd, terms
+from bibau_jax.models import Classifier
+
+# Table 6: A = {L_kd, L_ewc} keeps clean accuracy, B = {L_prior, L_iewc} removes the backdoor.
+ABLATIONS = {"base_at": (False, False), "+A": (True, False), "+B": (False, True), "+A+B": (True, True)}
+UNLEARNING_LABELS = ("predicted", "true")
+FISHER_REFRESH = ("never", "epoch")
+
+
+class Perturbation(NamedTuple):
+    """How adversarial images are sought: norm "l2" or "linf", bound and step on the 0..255 scale, number of steps.
+
+    `start` is "zero" or "random". The paper states 20 steps of 2.0 within 25.0; its norm is lost, and "l2" is our reading.
+    """
+
+    norm: str = "l2"
+    epsilon: float = 25.0
+    step_size: float = 2.0
+    steps: int = 20
+    start: str = "zero"
+
+
+class Weights(NamedTuple):
+    """The weights of the terms, lambda_1 to lambda_4, and the constants inside them."""
+
+    kd: float
+    prior: float
+    ewc: float
+    iewc: float
+    alpha: float
+    temperature: float
+    eta: float
+    prior_form: str
+    iewc_cap: float
+    iewc_form: str
+
+
+@struct.dataclass
+class UnlearningState:
+    """What BI-BAU changes: the model being purified, and the Fisher diagonals that its penalties weigh with."""
+
+    step: jax.Array
+    params: Any
+    statistics: Any
+    opt_state: Any
+    fisher_clean: Any
+    fisher_unlearning: Any
+
+    @property
+    def variables(self) -> dict:
+        """Parameters and running statistics, as `Classifier.apply` takes them."""
+        return {"params": self.params, "batch_stats": self.statistics}
+
+
+def adversarial_objective(
+    adversarial, clean, labels, variables, backdoored, *, classifier: Classifier, target: int | None, weights: Weights
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """L_adv per image (Eq. 22 with a `target`, Eq. 27 without) and its parts; all models in evaluation mode.
+
+    Args:
+      adversarial: x' [N, H, W, C]. clean: what does not change with x', from `clean_references`. labels: y [N].
+    """
+    teacher_logits, clean_features, directions = clean
+    suspicious = classifier.apply(backdoored, adversarial).logits
+    if target is None:
+        towards = terms.other_class(jax.lax.stop_gradient(suspicious), labels)
+        objective = terms.cross_entropy(suspicious, labels)
+        fooled = jnp.argmax(suspicious, -1) != labels
+    else:
+        towards = jnp.full_like(labels, target)
+        objective = -terms.cross_entropy(suspicious, towards)
+        fooled = jnp.argmax(suspicious, -1) == target
+    parts = {"fooled": fooled}
+    if weights.kd or weights.prior:
+        current = classifier.apply(variables, adversarial)
+        parts["kept"] = jnp.argmax(current.logits, -1) == labels
+        parts["kd"] = terms.distillation(
+            teacher_logits, current.logits, labels, alpha=weights.alpha, temperature=weights.temperature
+        )
+        parts["prior"] = terms.prior(
+            current.features, clean_features, directions[towards], eta=weights.eta, form=weights.prior_form
+        )
+        objective += weights.prior * parts["prior"] - weights.kd * parts["kd"]
+    return objective, parts
+
+
+def clean_references(images, variables, backdoored, *, classifier: Classifier, weights: Weights):
+    """(f_b's logits of x, the current features of x, W_b - W with one row a class): fixed during an E-step."""
+    directions = (classifier.head_kernel(backdoored["params"]) - classifier.head_kernel(variables["params"])).T
+    if not (weights.kd or weights.prior):
+        return None, None, directions
+    return classifier.apply(backdoored, images).logits, classifier.apply(variables, images).features, directions
+
+
+def e_step(images, labels, variables, backdoored, key, *, classifier, target, weights, perturbation: Perturbation):
+    """Adversarial images x' [N, H, W, C] for clean ones in 0..255; images of the target class stay as they are."""
+    clean = clean_references(images, variables, backdoored, classifier=classifier, weights=weights)
+
+    def summed(adversarial):
+        objective, _ = adversarial_objective(
+            adversarial, clean, labels, variables, backdoored, classifier=classifier, target=target, weights=weights
+        )
+        return objective.sum()
+
+    start = None
+    if perturbation.start == "random":
+        start = pgd.random_start(key, images.shape, norm=perturbation.norm, epsilon=perturbation.epsilon)
+    adversarial = pgd.adversarial_images(
+        jax.grad(summed),
+        images,
+        norm=perturbation.norm,
+        epsilon=perturbation.epsilon,
+        step_size=perturbation.step_size,
+        steps=perturbation.steps,
+        start=start,
+        unroll=parallel.unroll(perturbation.steps),
+    )
+    if target is not None:
+        adversarial = jnp.where((labels != target)[:, None, None, None], adversarial, images)
+    return jax.lax.stop_gradient(adversarial)
+
+
+def m_step_loss(params, state, images, adversarial, labels, backdoored, *, classifier, target, weights: Weights):
+    """CE(f(x), y) + CE(f(x'), y) + lambda_3 L_ewc + lambda_4 L_iewc (Eq. 2, 23-25), with new statistics and parts."""
+    # Interleaved, so that a sharded batch stays where it is; both halves pass BatchNorm together.
+    both = jnp.stack([images, adversarial], 1).reshape(-1, *images.shape[1:])
+    outputs = classifier.apply({"params": params, "batch_stats": state.statistics}, both, train=True)
+    losses = terms.cross_entropy(outputs.logits, jnp.repeat(labels, 2)).reshape(-1, 2)
+    attacked = jnp.ones(len(labels)) if target is None else (labels != target).astype(jnp.float32)
+    clean_loss = losses[:, 0].mean()
+    adversarial_loss = (losses[:, 1] * attacked).sum() / jnp.maximum(attacked.sum(), 1.0)
+    parts = {"clean_loss": clean_loss, "adversarial_loss": adversarial_loss}
+    loss = clean_loss + adversarial_loss
+    if weights.ewc:
+        parts["ewc_quadratic"] = ewc.quadratic_form(state.fisher_clean, params, backdoored["params"])
+        loss += weights.ewc * parts["ewc_quadratic"]
+    if weights.iewc:
+        quadratic = ewc.quadratic_form(state.fisher_unlearning, params, backdoored["params"])
+        parts["iewc_quadratic"] = quadratic
+        parts["iewc"] = ewc.inverse_penalty(quadratic, weights.iewc_cap, weights.iewc_form)
+        parts["iewc_awake"] = ewc.is_awake(quadratic, weights.iewc_cap, weights.iewc_form).astype(jnp.float32)
+        loss += weights.iewc * parts["iewc"]
+    parts["accuracy"] = jnp.mean(jnp.argmax(outputs.logits, -1).reshape(-1, 2)[:, 0] == labels)
+    return loss, (outputs.statistics, parts)
+
+
+def step(
+    state: UnlearningState,
+    frozen,
+    batch,
+    key,
+    *,
+    classifier: Classifier,
+    optimizer: optax.GradientTransformation,
+    target: int | None,
+    weights: Weights,
+    perturbation: Perturbation,
+    padding: int,
+    flip: bool,
+):
+    """One E-step and one M-step on a batch {"images" uint8, "labels"}; `frozen` holds the backdoored model's variables.
+
+    The metrics are every term's value, the two quadratic forms, whether L_iewc has a gradient, and Proposition 4.3 as two
+    shares of x': `fooled` (the backdoored model is taken in) and `kept` (the current model still sees the true class).
+    """
+    backdoored, labels = frozen["backdoored"], batch["labels"]
+    images = crop_and_flip(keys.stream(key, "augment"), batch["images"], padding=padding, flip=flip).astype(jnp.float32)
+    shared = {"classifier": classifier, "target": target, "weights": weights}
+    adversarial = e_step(
+        images, labels, state.variables, backdoored, keys.stream(key, "start"), perturbation=perturbation, **shared
+    )
+    gradient = jax.value_and_grad(m_step_loss, has_aux=True)
+    (loss, (statistics, parts)), grads = gradient(state.params, state, images, adversarial, labels, backdoored, **shared)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    seen = _seen(images, adversarial, labels, state.variables, backdoored, **shared)
+    state = state.replace(
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        statistics=statistics,
+        opt_state=opt_state,
+    )
+    return state, {"loss": loss, **parts, **seen}
+
+
+def _seen(images, adversarial, labels, variables, backdoored, *, classifier, target, weights):
+    """What the E-step reached, over the images it attacked: mean kd and prior, shares fooled and kept."""
+    clean = clean_references(images, variables, backdoored, classifier=classifier, weights=weights)
+    _, parts = adversarial_objective(
+        adversarial, clean, labels, variables, backdoored, classifier=classifier, target=target, weights=weights
+    )
+    if "kept" not in parts:
+        parts["kept"] = jnp.argmax(classifier.apply(variables, adversarial).logits, -1) == labels
+    attacked = jnp.ones(len(labels)) if target is None else (labels != target).astype(jnp.float32)
+    count = jnp.maximum(attacked.sum(), 1.0)
+    return {name: (value * attacked).sum() / count for name, value in parts.items()}
+
+
+def attack_images(images, labels, variables, backdoored, key, *, batch_size: int, **options) -> tuple[np.ndarray, np.ndarray]:
+    """(x' float32, f_b's classes for them) for uint8 images of any number, by the E-step with `options`; host arrays."""
+
+    @jax.jit
+    def attack(variables, backdoored, images, labels, key):
+        images = parallel.shard(images.astype(jnp.float32))
+        adversarial = e_step(images, labels, variables, backdoored, key, **options)
+        return adversarial, jnp.argmax(options["classifier"].apply(backdoored, adversarial).logits, -1)
+
+    block, found = parallel.padded(min(batch_size, len(images))), []
+    for begin in range(0, len(images), block):
+        rows = np.arange(begin, begin + block) % len(images)  # the last block wraps round; the surplus is cut off
+        part = parallel.replicate((images[rows], labels[rows]))
+        found.append(parallel.gather(attack(variables, backdoored, *part, keys.stream(key, "block", begin))))
+    adversarial, seen = (np.concatenate(parts)[: len(images)] for parts in zip(*found, strict=True))
+    return adversarial, seen.astype(np.int32)
+
+
+def unlearning_set(clean: ImageSet, backdoored, key, *, labels: str, target: int | None, **options):
+    """(x', labels) over the attacked clean images at theta = theta_b: what F^u is taken over.
+
+    Labels are "predicted", what the backdoored model makes of x' (our default: it is the backdoor's behaviour whose
+    parameters are sought), or "true".
+    """
+    if target is not None:
+        clean = clean.take(np.flatnonzero(clean.labels != target))
+    key = keys.stream(key, "unlearning")
+    images, seen = attack_images(clean.images, clean.labels, backdoored, backdoored, key, target=target, **options)
+    return images, seen if labels == "predicted" else clean.labels
+
+
+def sample(clean: ImageSet, variables, backdoored, key, *, target: int | None, count: int = 8, **options) -> dict:
+    """What adversarial images look like at the end: `rows` of the clean set and `adversarial` uint8 images made of them."""
+    rows = np.flatnonzero(clean.labels != target)
+    rows = rows[:: max(1, len(rows) // count)][:count]
+    chosen, key = clean.take(rows), keys.stream(key, "sample")
+    images, _ = attack_images(chosen.images, chosen.labels, variables, backdoored, key, target=target, **options)
+    return {"rows": rows, "adversarial": np.round(images).astype(np.uint8)}
+
+
+def fisher_before_epoch(clean, variables, key, *, classifier, weights, refresh, chunk, **attack) -> Callable:
+    """A `before_epoch` for `train.fit` that fills in F^u once and F^cl once or every epoch."""
+
+    def before(state, epoch):
+        if weights.iewc and epoch == 0:
+            images, seen = unlearning_set(clean, variables, key, classifier=classifier, weights=weights, **attack)
+            state = state.replace(fisher_unlearning=diagonal_fisher(classifier, variables, images, seen, chunk=chunk))
+        if weights.ewc and (epoch == 0 or refresh == "epoch"):
+            current = diagonal_fisher(classifier, state.variables, clean.images, clean.labels, chunk=chunk)
+            state = state.replace(fisher_clean=current)
+        return state
+
+    return before
+
+
+def purify(
+    key: jax.Array,
+    classifier: Classifier,
+    variables,
+    clean: ImageSet,
+    *,
+    held_out: ImageSet | None = None,
+    journal: train.Journal = train.Journal(),
+    targeted: bool = False,
+    target_label: int = 0,
+    ablation: str = "+A+B",
+    epochs: int = 20,
+    batch_size: int = 256,
+    learning_rate: float = 0.01,
+    schedule: str = "cosine",
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    max_grad_norm: float = 5.0,
+    padding: int = 4,
+    flip: bool = True,
+    pgd: Perturbation = Perturbation(),
+    lambda_kd: float = 1.0,
+    lambda_prior: float = 1.0,
+    lambda_ewc: float = 1.0,
+    lambda_iewc: float = 30.0,
+    alpha: float = 0.5,
+    temperature: float = 4.0,
+    eta: float = 0.5,
+    prior_form: str = "cosine",
+    iewc_cap: float = 100.0,
+    iewc_form: str = "clip",
+    unlearning_labels: str = "predicted",
+    fisher_refresh: str = "epoch",
+    fisher_chunk: int = 32,
+) -> Purified:
+    """The model after BI-BAU on the defender's clean images; `variables` are the suspicious model's and stay as they are.
+
+    Args:
+      targeted: attack towards `target_label` and leave its images alone (T), or away from every true class (U).
+      ablation: "base_at", "+A", "+B" or "+A+B" (Table 6); what is left out has weight 0.
+      max_grad_norm: bound on the gradient's global norm. The inverse penalty wakes with a gradient of lambda_4 c^2 dQ, which
+        without a bound can throw the parameters out of range (our addition; 0 leaves it out).
+      pgd: bounds of the adversarial images, pixels 0..255.
+      lambda_kd, lambda_prior, lambda_ewc, lambda_iewc: lambda_1 to lambda_4.
+      alpha, temperature: of the distillation (Eq. 17). eta: share of the clean feature taken off in the prior, 0..1 (Eq. 20).
+      iewc_cap, iewc_form: c and the form of the inverse penalty, see `method.ewc.inverse_penalty`.
+      unlearning_labels: "predicted" or "true", see `unlearning_set`. fisher_refresh: F^cl "never" or every "epoch".
+    """
+    check_clean(classifier, clean)
+    _check(targeted, target_label, classifier.num_classes, ablation, pgd, prior_form, iewc_form, iewc_cap, eta)
+    _choice("unlearning_labels", unlearning_labels, UNLEARNING_LABELS)
+    _choice("fisher_refresh", fisher_refresh, FISHER_REFRESH)
+    with_a, with_b = ABLATIONS[ablation]
+    weights = Weights(
+        *(with_a * lambda_kd, with_b * lambda_prior, with_a * lambda_ewc, with_b * lambda_iewc),
+        *(alpha, temperature, eta, prior_form, iewc_cap, iewc_form),
+    )
+    attack = {"target": target_label if targeted else None, "perturbation": pgd}
+    steps = epochs * max(1, len(clean) // min(batch_size, len(clean)))
+    optimizer = train.sgd(
+        train.learning_rate_schedule(schedule, learning_rate, steps),
+        momentum=momentum,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+    )
+    variables = parallel.replicate({name: variables[name] for name in ("params", "batch_stats")})
+    fishers = {"refresh": fisher_refresh, "chunk": fisher_chunk, "labels": unlearning_labels, "batch_size": batch_size}
+    state, history = train.fit(
+        partial(step, classifier=classifier, optimizer=optimizer, weights=weights, padding=padding, flip=flip, **attack),
+        _first_state(variables, optimizer),
+        as_data(clean),
+        key=key,
+        epochs=epochs,
+        batch_size=batch_size,
+        frozen={"backdoored": variables},
+        before_epoch=fisher_before_epoch(clean, variables, key, classifier=classifier, weights=weights, **fishers, **attack),
+        after_epoch=watch(classifier, held_out),
+        journal=journal,
+    )
+    samples = sample(
+        clean, state.variables, variables, key, classifier=classifier, weights=weights, batch_size=batch_size, **attack
+    )
+    return Purified(state.variables, history, samples)
+
+
+def _first_state(variables, optimizer) -> UnlearningState:
+    state = train.new_state(variables, optimizer)
+    empty = [jax.tree.map(jnp.zeros_like, state.params) for _ in range(2)]
+    return UnlearningState(state.step, state.params, state.statistics, state.opt_state, *empty)
+
+
+def _choice(name: str, value, choices) -> None:
+    if value not in choices:
+        raise UserError(f'{name} "{value}" is unknown; choose one of {", ".join(choices)}')
+
+
+def _check(targeted, target_label, classes, ablation, perturbation, prior_form, iewc_form, iewc_cap, eta) -> None:
+    _choice("ablation", ablation, ABLATIONS)
+    _choice("pgd.norm", perturbation.norm, pgd.NORMS)
+    _choice("pgd.start", perturbation.start, ("zero", "random"))
+    _choice("prior_form", prior_form, terms.PRIOR_FORMS)
+    _choice("iewc_form", iewc_form, ewc.INVERSE_FORMS)
+    if targeted and not 0 <= target_label < classes:
+        raise UserError(f"target label {target_label} is outside the {classes} classes 0..{classes - 1}")
+    if perturbation.epsilon <= 0 or perturbation.step_size <= 0 or perturbation.steps < 0:
+        raise UserError("pgd.epsilon and pgd.step_size must be positive, pgd.steps at least 0")
+    if iewc_cap <= 0 or not 0 <= eta <= 1:
+        raise UserError("iewc_cap must be positive, eta within 0..1")

@@ -1,0 +1,7 @@
+"""BI-BAU (U): untargeted, for when the attacker's target class is not known (Eq. 27)."""
+
+from functools import partial
+
+from bibau_jax.defenses import bibau
+
+purify = partial(bibau.purify, targeted=False)

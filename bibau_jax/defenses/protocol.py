@@ -1,0 +1,53 @@
+"""What every defence is given and gives back.
+
+`purify(key, classifier, variables, clean, *, held_out=None, journal=..., **options) -> Purified`. `clean` is the
+defender's small labelled set, `held_out` more clean images to watch (never trained on). A defence never sees the
+trigger, the poisoned data, the test set or the attack success rate.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from bibau_jax import train
+from bibau_jax.data import ImageSet
+from bibau_jax.errors import UserError
+from bibau_jax.models import Classifier
+
+
+@dataclasses.dataclass(frozen=True)
+class Purified:
+    """The purified model's variables and what was measured on the way, one dict an epoch.
+
+    `samples`, from defences that make images: `rows` [n] of the clean set and the `adversarial` uint8 images made of them.
+    """
+
+    variables: Any
+    history: list[dict]
+    samples: dict[str, np.ndarray] | None = None
+
+
+def check_clean(classifier: Classifier, clean: ImageSet) -> None:
+    """Refuses a clean set that is empty, of another image shape, or with labels outside the classes."""
+    if not len(clean):
+        raise UserError("the defender's clean set is empty")
+    if clean.images.shape[1:] != classifier.image_shape:
+        raise UserError(f"clean images are {list(clean.images.shape[1:])}, the network takes {list(classifier.image_shape)}")
+    if clean.labels.min() < 0 or clean.labels.max() >= classifier.num_classes:
+        raise UserError(f"labels of the clean set lie outside the network's {classifier.num_classes} classes")
+
+
+def as_data(images: ImageSet) -> dict[str, np.ndarray]:
+    """The set as the batches of `train.fit` want it."""
+    return {"images": images.images, "labels": images.labels}
+
+
+def watch(classifier: Classifier, held_out: ImageSet | None) -> Callable:
+    """An `after_epoch` for `train.fit`: accuracy on held-out clean images, 0..1, where there are any."""
+    if held_out is None or not len(held_out):
+        return lambda state, epoch: {}
+    return lambda state, epoch: {
+        "held_out_accuracy": train.accuracy(classifier, state.variables, held_out.images, held_out.labels)
+    }

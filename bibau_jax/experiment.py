@@ -1,0 +1,390 @@
+"""The stages in order: implant, purify, evaluate, report. The only reader of the config; each stage leaves its work on disk.
+
+A stage takes what the one before it left in the run's folder, is skipped when its work is there, and goes on from its last
+checkpoint when it was cut off.
+"""
+
+import dataclasses
+import inspect
+import shlex
+import sys
+from functools import cached_property, partial
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from bibau_jax import attacks, checkpoint, data, defenses, keys, models, parallel, progress, records, train, workdir
+from bibau_jax.data import splits
+from bibau_jax.defenses.bibau import Perturbation
+from bibau_jax.errors import UserError
+from bibau_jax.metrics import cost, rates
+from bibau_jax.report import html, tables
+
+STAGES = ("implant", "purify", "evaluate", "report")
+# What the models are called in the record; other defences keep their own names, and the main one's model is "purified".
+MODELS = {"none": "backdoored", "clean": "clean", "ft": "finetuned"}
+# The parts of the config that decide the backdoored model and its clean twin: what a model may be shared between runs by.
+IMPLANT_PARTS = (
+    "seed",
+    "compute",
+    "data.name",
+    "data.train_size",
+    "data.validation_size",
+    "data.padding",
+    "data.flip",
+    "model",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run: its config, its folder, and what follows from them, made when first asked for."""
+
+    config: dict
+    folder: Path
+
+    @property
+    def key(self) -> jax.Array:
+        return keys.root(self.config["seed"])
+
+    @cached_property
+    def dataset(self) -> data.Dataset:
+        section = self.config["data"]
+        progress.say(f"data: {section['name']}", show=parallel.is_lead())
+        return data.load(
+            section["name"],
+            data_dir=section["data_dir"] or None,
+            manual_dir=section["manual_dir"] or None,
+            download=section["download"],
+        )
+
+    @cached_property
+    def splits(self) -> splits.Splits:
+        sizes = {name: self.config["data"][name] for name in ("train_size", "clean_size", "validation_size")}
+        return splits.divide(keys.stream(self.key, "data"), self.dataset.train, **sizes)
+
+    @cached_property
+    def classifier(self) -> models.Classifier:
+        section = dict(self.config["model"])
+        channels = self.dataset.image_shape[2]
+        if len(section["mean"]) != channels or len(section["std"]) != channels:
+            raise UserError(f"model.mean and model.std need {channels} values, one a channel of {self.dataset.name}")
+        return models.build(
+            section.pop("name"),
+            num_classes=self.dataset.num_classes,
+            image_shape=self.dataset.image_shape,
+            dtype=parallel.compute_dtype(self.config["compute"]),
+            **section,
+        )
+
+    @cached_property
+    def attack(self) -> attacks.Attack:
+        section = self.config["attack"]
+        module = attacks.get(section["name"])
+        shared = {name: section[name] for name in ("target_label", "poison_ratio", "mode")}
+        options = section.get(section["name"], {})
+        return module.make(keys.stream(self.key, "attack"), num_classes=self.dataset.num_classes, **shared, **options)
+
+    @property
+    def rows(self) -> list[str]:
+        """The defences to run, the main one first, each once."""
+        section = self.config["defense"]
+        return list(dict.fromkeys([section["name"], *filter(None, map(str.strip, section["beside"].split(",")))]))
+
+    def journal(self, stage: str) -> train.Journal:
+        """Checkpoints, scalars and progress of one training, which is named after its folder."""
+        lead = parallel.is_lead()
+        keeper = checkpoint.Keeper(self.folder / stage / "checkpoints", every_steps=self.config["checkpoint_every"])
+        scalars = records.Scalars(self.folder / "metrics.jsonl", tensorboard=self.config["tensorboard"], lead=lead)
+        return train.Journal(stage, keeper, scalars, show=lead)
+
+
+def run(config: dict, folder: str, command: str = "") -> records.Record | None:
+    """Runs the stages that `config["stages"]` names, in a folder that is claimed for this config; returns the record.
+
+    `config` is a plain nested dict with every field of configs/base.py. What a user can put right raises `UserError`.
+    """
+    wanted = [stage.strip() for stage in config["stages"].split(",") if stage.strip()]
+    for stage in wanted:
+        if stage not in STAGES:
+            raise UserError(f'unknown stage "{stage}"; known: {", ".join(STAGES)}')
+    distributed = config["distributed"]
+    parallel.connect(distributed["coordinator"], distributed["processes"], distributed["process"])
+    this = Run(config, Path(folder).expanduser().absolute())
+    _check(this)
+    workdir.claim(folder, config)
+    for stage in wanted:
+        {"implant": implant, "purify": purify, "evaluate": evaluate, "report": write_report}[stage](this, command)
+    path = this.folder / "record.json"
+    return records.read(path) if path.exists() else None
+
+
+def _check(this: Run) -> None:
+    """Everything that can be wrong with the settings, before anything is written or computed."""
+    config = this.config
+    models.check(config["model"]["name"])
+    for row in this.rows:
+        defenses.get(row)
+    for size, name in ((config["implant"]["batch_size"], "implant"), (config["defense"]["batch_size"], "defense")):
+        parallel.check_batch(size, f"{name}.batch_size")
+    for section in ("implant", "defense"):
+        if config[section]["epochs"] < 1 or config[section]["batch_size"] < 1:
+            raise UserError(f"{section}.epochs and {section}.batch_size must be at least 1")
+        if config[section]["learning_rate"] <= 0:
+            raise UserError(f"{section}.learning_rate must be positive")
+        train.learning_rate_schedule(config[section]["schedule"], 1.0, 1)
+    attacks.get(config["attack"]["name"])
+    # These read the data set, which is where the classes and the sizes are.
+    this.attack, this.classifier  # noqa: B018
+    attacks.protocol.choose(
+        this.key, np.arange(len(this.splits.train)), config["attack"]["poison_ratio"], len(this.splits.train)
+    )
+
+
+# --- implant
+
+
+def implant(this: Run, command: str) -> None:
+    """Trains the backdoored model on the poisoned set, and its clean twin on the same images without poison."""
+    section = this.config["implant"]
+    other = section["reuse"]
+    if other:
+        _same_model(this, other, (*IMPLANT_PARTS, "attack", "implant"), "implant.reuse")
+    else:
+        _train_model(this, "implant", command, poisoned=True)
+    if section["clean_twin"] == "train":
+        _train_model(this, "clean", command, poisoned=False)
+    elif section["clean_twin"] != "none":
+        _same_model(this, section["clean_twin"], (*IMPLANT_PARTS, "implant"), "implant.clean_twin")
+
+
+def _train_model(this: Run, stage: str, command: str, *, poisoned: bool) -> None:
+    folder = this.folder / stage
+    if (folder / "model").exists():
+        progress.say(f"{stage}: done", show=parallel.is_lead())
+        return
+    attack, split, section = this.attack, this.splits.train, this.config["implant"]
+    key = keys.stream(this.key, "implant")  # the twin starts from the same weights and sees the same order
+    with cost.measure() as spent:
+        training = attack.poison(split) if poisoned else split
+        if poisoned:
+            _write_arrays(folder / "poison.npz", training.flags())
+        control = attack.control if poisoned else None
+        journal = this.journal(stage)
+        extra = control.init(key, split, journal) if control else ()
+        prepare = partial(train.augmented, padding=this.config["data"]["padding"], flip=this.config["data"]["flip"])
+        batch_size = min(section["batch_size"], len(split))
+        schedule = train.learning_rate_schedule(
+            section["schedule"], section["learning_rate"], section["epochs"] * (len(split) // batch_size)
+        )
+        optimizer = train.sgd(schedule, momentum=section["momentum"], weight_decay=section["weight_decay"])
+        extra_optimizer = control.optimizer if control else None
+        state, history = train.fit(
+            partial(
+                train.train_step,
+                classifier=this.classifier,
+                optimizer=optimizer,
+                prepare=control.prepare if control else prepare,
+                extra_optimizer=extra_optimizer,
+            ),
+            train.new_state(this.classifier.init(keys.stream(key, "init")), optimizer, extra, extra_optimizer),
+            {"images": training.images, "labels": training.labels},
+            key=key,
+            epochs=section["epochs"],
+            batch_size=section["batch_size"],
+            journal=journal,
+        )
+    _finish(this, stage, {"variables": state.variables, "extra": state.extra}, history, spent, command)
+
+
+def _finish(this: Run, stage: str, tree, history, spent, command: str) -> None:
+    """Saves a stage's model with what it cost, then drops its checkpoints and writes the cost into the record."""
+    seconds = max(spent.seconds, sum(entry.get("seconds", 0.0) for entry in history))  # a resumed stage spent it in parts
+    info = {"seconds": seconds, "cost": dataclasses.asdict(spent) | {"seconds": seconds}}
+    checkpoint.save(this.folder / stage / "model", tree, info)
+    this.journal(stage).keeper.clear()
+    update(this, command, stages={stage: records.StageCost(**info["cost"])})
+
+
+def _same_model(this: Run, other: str, parts, setting: str) -> None:
+    theirs = workdir.read_config(Path(other).expanduser())
+    chosen = [{name: value for name, value in workdir.flat(c).items() if _among(name, parts)} for c in (theirs, this.config)]
+    changed = workdir.differences(*chosen, ignore=("implant.reuse", "implant.clean_twin"))
+    if changed:
+        raise UserError(f"{setting}={other} was trained with other settings ({'; '.join(changed)})")
+    _model_folder(this, "implant" if setting == "implant.reuse" else "clean")
+
+
+def _among(name: str, parts) -> bool:
+    return any(name == part or name.startswith(f"{part}.") for part in parts)
+
+
+def _model_folder(this: Run, stage: str) -> Path:
+    """Where the model of a stage lies: in this run's folder, or in that of the run it is taken from."""
+    setting = {"implant": "reuse", "clean": "clean_twin"}.get(stage)
+    other = this.config["implant"][setting] if setting else ""
+    folder = Path(other).expanduser().absolute() if other not in ("", "train", "none") else this.folder
+    if not (folder / stage / "model").exists():
+        raise UserError(f'{folder} has no finished "{stage}" model; run that stage first (--config.stages)')
+    return folder / stage / "model"
+
+
+def load_model(this: Run, stage: str) -> tuple[dict, object, dict]:
+    """(variables, the attack's own parameters, info) of a finished stage."""
+    like = jax.eval_shape(this.classifier.init, jax.random.key(0))
+    tree, info = checkpoint.load(_model_folder(this, stage))
+    tree = {"extra": (), **tree}
+    if jax.tree.structure(tree["variables"]) != jax.tree.structure(like):
+        raise UserError(f"{_model_folder(this, stage)} does not hold this network's parameters")
+    return tree["variables"], tree["extra"], info
+
+
+def _attack_as_trained(this: Run) -> tuple[attacks.Attack, dict]:
+    """The attack with what it learned while implanting, and the backdoored model's variables."""
+    variables, extra, _ = load_model(this, "implant")
+    attack = this.attack
+    return attack.control.finish(attack, extra) if attack.control else attack, variables
+
+
+# --- purify
+
+
+def purify(this: Run, command: str) -> None:
+    """Runs the main defence and those beside it, each on the backdoored model and the defender's clean images."""
+    variables, _, _ = load_model(this, "implant")
+    for row in this.rows:
+        stage = f"purify/{row}"
+        if (this.folder / stage / "model").exists():
+            progress.say(f"{stage}: done", show=parallel.is_lead())
+            continue
+        with cost.measure() as spent:
+            purified = defenses.get(row).purify(
+                keys.stream(this.key, "purify"),  # every defence sees the same batches
+                this.classifier,
+                variables,
+                this.splits.clean,
+                held_out=this.splits.validation,
+                journal=this.journal(stage),
+                **_options(this, row),
+            )
+        if purified.samples is not None:
+            _write_arrays(this.folder / stage / "samples.npz", purified.samples)
+        _finish(this, stage, {"variables": purified.variables}, purified.history, spent, command)
+
+
+def _options(this: Run, row: str) -> dict:
+    """The settings of the config that this defence takes, by name; its own section, where there is one, comes last."""
+    section = dict(this.config["defense"])
+    known = inspect.signature(defenses.get(row).purify).parameters
+    given = section | {name: this.config["data"][name] for name in ("padding", "flip")}
+    if row == "base_at":
+        given.pop("ablation")  # what makes it Base AT
+    given["pgd"] = Perturbation(**section["pgd"])
+    return {name: value for name, value in given.items() if name in known} | dict(section.get(row, {}))
+
+
+# --- evaluate
+
+
+def evaluate(this: Run, command: str) -> None:
+    """Clean accuracy, attack success rate and robust accuracy of every model there is, on the whole test set."""
+    stages = {"none": "implant"} | ({"clean": "clean"} if this.config["implant"]["clean_twin"] != "none" else {})
+    stages |= {row: f"purify/{row}" for row in this.rows}
+    named = {_name(this, row): (row, stage) for row, stage in stages.items()}
+    path = this.folder / "record.json"
+    if path.exists() and named.keys() <= records.read(path).metrics.keys() and (this.folder / "strip.npz").exists():
+        progress.say("evaluate: done", show=parallel.is_lead())
+        return
+    attack, _ = _attack_as_trained(this)
+    test = this.dataset.test
+    with cost.measure() as spent:
+        triggered, aims = attack.stamp(test.images, test.ids), attack.aim(test.labels)
+        metrics, predict = {}, partial(train.predict, this.classifier)
+        variables = {}
+        with progress.bar(len(named), "evaluate", unit="model", show=parallel.is_lead()) as bar:
+            for name, (row, stage) in named.items():
+                variables[name], _, info = load_model(this, stage)
+                clean, hit = predict(variables[name], test.images), predict(variables[name], triggered)
+                metrics[name] = records.Measurement(
+                    row,
+                    records.Rate(*rates.clean_accuracy(clean, test.labels)),
+                    records.Rate(*rates.attack_success_rate(hit, test.labels, aims)),
+                    records.Rate(*rates.robust_accuracy(hit, test.labels, aims)),
+                    info["seconds"],
+                )
+                bar.advance()
+        _write_arrays(this.folder / "strip.npz", _strip(this, attack, variables))
+    update(this, command, metrics=metrics, stages={"evaluate": records.StageCost(**dataclasses.asdict(spent))})
+
+
+def _name(this: Run, row: str) -> str:
+    return "purified" if row == this.config["defense"]["name"] else MODELS.get(row, row)
+
+
+def _strip(this: Run, attack: attacks.Attack, variables: dict) -> dict:
+    """A few of the defender's images, clean, triggered and adversarial, and what the models make of them."""
+    samples = [this.folder / "purify" / row / "samples.npz" for row in this.rows]
+    samples = next((np.load(path) for path in samples if path.exists()), None)
+    clean = this.splits.clean
+    if samples is None:
+        chosen = clean.take(np.flatnonzero(attack.aim(clean.labels) != clean.labels)[:8])
+        kinds = {}
+    else:
+        chosen = clean.take(samples["rows"])
+        kinds = {"adversarial": samples["adversarial"]}
+    kinds |= {"clean": chosen.images, "triggered": attack.stamp(chosen.images, chosen.ids)}
+    seen = {
+        f"{kind}_by_{name}": train.predict(this.classifier, variables[name], images)
+        for kind, images in kinds.items()
+        for name in ("backdoored", "purified")
+    }
+    aims = attack.aim(chosen.labels)
+    return kinds | seen | {"labels": chosen.labels, "aims": aims, "class_names": np.array(this.dataset.class_names)}
+
+
+def _write_arrays(path: Path, arrays: dict) -> None:
+    if parallel.is_lead():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        with open(part, "wb") as file:
+            np.savez_compressed(file, **arrays)
+        part.replace(path)
+    parallel.wait(path.name)
+
+
+# --- record and report
+
+
+def update(this: Run, command: str, *, stages: dict | None = None, metrics: dict | None = None) -> None:
+    """Adds what a stage measured to <workdir>/record.json."""
+    path = this.folder / "record.json"
+    if parallel.is_lead():
+        if path.exists():
+            record = records.read(path)
+        else:
+            record = records.Record(this.config, this.config["seed"], command, records.versions(), records.device(), {}, {})
+        record = dataclasses.replace(
+            record,
+            config=this.config,
+            stages=record.stages | (stages or {}),
+            metrics=record.metrics | (metrics or {}),
+        )
+        records.write(path, record)
+    parallel.wait("record")
+
+
+def write_report(this: Run, command: str) -> None:
+    """The page <workdir>/report.html and the closing table on the terminal, from the record alone."""
+    path = this.folder / "record.json"
+    if not path.exists() or not records.read(path).metrics:
+        raise UserError(f'{this.folder} has no measurements yet; run the stage "evaluate" first')
+    if parallel.is_lead():
+        page = html.write(this.folder)
+        tables.show(records.read(path))
+        progress.say(f"report: {page}")
+
+
+def command_line() -> str:
+    """The command that started this program, to be run again."""
+    return shlex.join(["python", "-m", "bibau_jax.main", *sys.argv[1:]])

@@ -1,0 +1,62 @@
+"""The command: python -m bibau_jax.main --config=configs/cifar10.py:blended --workdir=runs/x [--config.defense.pgd.steps=10]"""
+
+import errno
+import signal
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from bibau_jax.errors import UserError
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "settings, e.g. configs/cifar10.py:blended", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run; the same command goes on where it was cut off")
+DISK = {errno.ENOSPC: "the disk is full", errno.EROFS: "the disk is read-only", errno.EACCES: "permission denied"}
+
+
+def fail(message) -> None:
+    """Ends the program with one line on stderr and exit status 2."""
+    sys.stderr.write(f"bibau_jax: {' '.join(str(message).split())}\n")
+    sys.exit(2)
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Reads the flags; what is wrong with them, or with the config file, ends the program in one line."""
+    try:
+        rest = flags.FLAGS(argv)
+        # A config file that failed to load raises only when it is looked at.
+        if CONFIG.value is None:
+            fail("which settings? give --config, e.g. --config=configs/digits.py")
+    except UserError as error:
+        fail(error)
+    except (AttributeError, KeyError) as error:
+        fail(f"unknown setting {error.args[0]}".replace("\\'", "'"))
+    except (flags.Error, OSError, ImportError, SyntaxError, TypeError, ValueError) as error:
+        fail(str(error).removeprefix("Configuration is not available because of an earlier failure to load: "))
+    if not WORKDIR.value:
+        fail("where to? give --workdir, e.g. --workdir=runs/digits")
+    if len(rest) > 1:
+        fail(f'"{rest[1]}" is not a flag; settings are written --config.name=value')
+    return rest
+
+
+def main(argv: list[str]) -> None:
+    """Runs the stages; see bibau_jax/experiment.py."""
+    from bibau_jax import experiment  # JAX starts here, after the flags were found right
+
+    logging.set_verbosity(logging.WARNING)  # orbax tells every step of every save
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        experiment.run(CONFIG.value.to_dict(), WORKDIR.value, experiment.command_line())
+    except UserError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        fail("interrupted; the same command goes on from the last checkpoint")
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        fail(f"cannot write {error.filename or WORKDIR.value}: {DISK[error.errno]}; what was finished is kept")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse)

@@ -1,0 +1,72 @@
+"""What the rest of the project knows of a network: a frozen record over a Flax linen module."""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Path = tuple[str, ...]
+
+
+class Outputs(NamedTuple):
+    """One forward pass: `logits` [N, classes] and `features` [N, D] in float32, and what was asked for beside them.
+
+    `statistics` is the new `batch_stats` collection in train mode (else None); `taps` maps layer names to activations.
+    """
+
+    logits: jax.Array
+    features: jax.Array
+    statistics: Any = None
+    taps: Mapping[str, jax.Array] | None = None
+
+
+class NormOfConv(NamedTuple):
+    """A convolution and the normalisation that scales its channels, as paths into `params`."""
+
+    conv: Path
+    norm: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+    """An image classifier on pixels 0..255, NHWC (uint8 or float); normalisation is its first layer.
+
+    `head` is the path of the linear head, whose kernel is [D, classes]; `norms` pairs convolutions with the norm behind each.
+    """
+
+    module: nn.Module
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    head: Path = ("head",)
+    norms: tuple[NormOfConv, ...] = ()
+
+    def init(self, key: jax.Array) -> dict:
+        """Fresh variables {"params", "batch_stats"}, float32."""
+        init = partial(self.module.init, mutable=["params", "batch_stats"])
+        return dict(jax.jit(init)(key, jnp.zeros((1, *self.image_shape))))
+
+    def apply(self, variables, pixels, train: bool = False, taps: bool = False) -> Outputs:
+        """Logits and features of pixels [N, H, W, C] in 0..255; `train` uses and updates batch statistics."""
+        mutable = [name for name, wanted in (("batch_stats", train), ("taps", taps)) if wanted]
+        result = self.module.apply(variables, pixels.astype(jnp.float32), train=train, mutable=mutable or False)
+        (logits, features), changed = result if mutable else (result, {})
+        return Outputs(logits, features, changed.get("batch_stats"), _flat_taps(changed["taps"]) if taps else None)
+
+    def head_kernel(self, params) -> jax.Array:
+        """The weights W of the linear head, [D, classes]."""
+        for name in self.head:
+            params = params[name]
+        return params["kernel"]
+
+    def in_float32(self) -> "Classifier":
+        """The same network computing in float32 throughout."""
+        return dataclasses.replace(self, module=self.module.clone(dtype=jnp.float32))
+
+
+def _flat_taps(tree) -> dict[str, jax.Array]:
+    flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, tuple))[0]
+    return {"/".join(str(part.key) for part in path).removesuffix("_output"): value[0] for path, value in flat}

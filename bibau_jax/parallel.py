@@ -1,0 +1,153 @@
+"""The only file that names devices: the mesh, placement, per-example work over shards, several hosts.
+
+One mesh axis, `data`. Parameters are replicated, batches sharded, and the steps are plain `jit`: the compiler inserts the
+collectives, BatchNorm sees the global batch, and N devices give the numbers of one. The exception is per-example gradients:
+under plain `jit` a sharded `vmap(grad)` of a convolution is silently wrong (tests/test_parallel.py keeps the trap), so they
+go through `sum_over_devices`.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from bibau_jax.errors import UserError
+
+
+def connect(coordinator: str = "", processes: int = 0, process: int = -1) -> None:
+    """Joins several processes into one run; does nothing unless told to.
+
+    `coordinator` is "host:port" of process 0; "auto" lets JAX find it (TPU pods, Slurm). Must come before any other use of JAX.
+    """
+    if not coordinator:
+        return
+    try:
+        if coordinator == "auto":
+            jax.distributed.initialize()
+        else:
+            jax.distributed.initialize(coordinator, num_processes=processes, process_id=process)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"cannot join the processes at {coordinator}: {str(error).splitlines()[0]}") from error
+
+
+def is_lead() -> bool:
+    """Whether this process is the one that prints and writes records."""
+    return jax.process_index() == 0
+
+
+def wait(name: str) -> None:
+    """Holds every process until all have come to the point called `name`."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+_chosen: list[int] = []  # how many devices `on_devices` allows, innermost last
+
+
+@contextlib.contextmanager
+def on_devices(count: int):
+    """Computes on the first `count` devices only, inside a `with` block; what was compiled for others is forgotten."""
+    if not 1 <= count <= jax.device_count():
+        raise UserError(f"{count} devices were asked for, {jax.device_count()} are there")
+    _chosen.append(count)
+    jax.clear_caches()
+    try:
+        yield
+    finally:
+        _chosen.pop()
+        jax.clear_caches()
+
+
+def device_count() -> int:
+    """How many devices share the work."""
+    return _chosen[-1] if _chosen else jax.device_count()
+
+
+def mesh() -> Mesh:
+    """All devices of all processes (or those of `on_devices`) along one axis, `data`."""
+    return _mesh(device_count())
+
+
+@functools.cache
+def _mesh(count: int) -> Mesh:
+    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:count])
+
+
+def replicate(tree):
+    """The tree with every leaf whole on every device; the same host value must be given on every process."""
+    sharding = NamedSharding(mesh(), P())
+
+    def place(leaf):
+        if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+            return leaf
+        return jax.device_put(leaf, sharding)
+
+    return jax.tree.map(place, tree)
+
+
+def shard(tree):
+    """Inside `jit`: the tree with the leading axis of every leaf laid along the devices."""
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh(), P("data")))
+
+
+def gather(tree):
+    """Whole host copies of arrays that may be spread over the devices of several processes."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    whole = jax.jit(lambda leaves: leaves, out_shardings=NamedSharding(mesh(), P()))(tree)
+    return jax.device_get(whole)
+
+
+def check_batch(batch_size: int, name: str) -> None:
+    """Refuses a batch that the devices cannot share out evenly."""
+    if batch_size % device_count():
+        raise UserError(f"{name}={batch_size} cannot be divided among {device_count()} devices; choose a multiple")
+
+
+def padded(size: int, chunk: int = 1) -> int:
+    """The smallest multiple of (devices x chunk) that holds `size` examples."""
+    block = chunk * device_count()
+    return -(-size // block) * block
+
+
+def sum_over_devices(fn: Callable) -> Callable:
+    """Turns `fn(params, examples)`, a sum over examples, into the sum over all devices' shards of them; jitted.
+
+    The leading axis of every leaf of `examples` must be a multiple of the device count.
+    """
+
+    def local(params, examples):
+        # Without the cast, gradients inside `fn` with respect to the parameters would already be summed over devices, and
+        # a Fisher would hold squares of sums.
+        params = jax.tree.map(lambda leaf: jax.lax.pcast(leaf, "data", to="varying"), params)
+        return jax.lax.psum(fn(params, examples), "data")
+
+    return jax.jit(jax.shard_map(local, mesh=mesh(), in_specs=(P(), P("data")), out_specs=P()))
+
+
+def unroll(steps: int) -> int:
+    """How many steps of a scan over gradients to lay out: two on the CPU, one on GPU and TPU.
+
+    XLA's CPU backend is several times slower at convolution gradients inside a rolled loop, unless they are laid out as
+    `models.layers.conv` lays them out; with it, unrolling buys nothing but compile time.
+    """
+    return min(2, max(steps, 1)) if jax.default_backend() == "cpu" else 1
+
+
+def whole_epochs() -> bool:
+    """Whether an epoch should be one compiled call: on GPU and TPU; the CPU gains nothing and would show no progress."""
+    return jax.default_backend() != "cpu"
+
+
+def compute_dtype(name: str):
+    """The type that networks compute in: "auto" is bfloat16 on GPU and TPU and float32 on the CPU."""
+    if name == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    if name not in ("float32", "bfloat16"):
+        raise UserError(f'compute type "{name}" is unknown; choose auto, float32 or bfloat16')
+    return jnp.dtype(name)

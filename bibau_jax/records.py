@@ -1,0 +1,300 @@
+"""What a run measured, as typed records on disk; the only writer of numbers. Needs no JAX to read, so that reports start fast.
+
+`record.json` is one `Record`, replaced as a whole; `metrics.jsonl` grows by one flat JSON object a line.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+from pathlib import Path
+
+import bibau_jax
+from bibau_jax.errors import UserError
+
+_RATES = ("ca", "asr", "robust_accuracy")
+_AMOUNT = (int, float)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rate:
+    """`hits` of `count` examples, 0 <= hits <= count; a rate over no examples is a UserError."""
+
+    hits: int
+    count: int
+
+    def __post_init__(self):
+        if any(isinstance(value, bool) or not isinstance(value, int) for value in (self.hits, self.count)):
+            raise UserError(f"a rate needs whole numbers, not {self.hits!r} of {self.count!r}")
+        if self.count < 1:
+            raise UserError("a rate over 0 examples has no value")
+        if not 0 <= self.hits <= self.count:
+            raise UserError(f"a rate cannot be {self.hits} of {self.count}")
+
+    @property
+    def percent(self) -> float:
+        """0..100."""
+        return 100 * self.hits / self.count
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """A row of a results table: clean accuracy, attack success rate and robust accuracy after `defense`.
+
+    `defense` is the row's name ("bibau_u", "ft", "none", "clean"); `seconds` what the defence took; `extra` holds further
+    JSON-able values whose names are not those of the fields.
+    """
+
+    defense: str
+    ca: Rate
+    asr: Rate
+    robust_accuracy: Rate
+    seconds: float
+    extra: dict = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if taken := {"defense", "counts", "seconds", *_RATES} & set(self.extra):
+            raise UserError(f"extra value {sorted(taken)[0]!r} of {self.defense} has the name of a field")
+
+
+@dataclasses.dataclass(frozen=True)
+class StageCost:
+    """Wall seconds and peak megabytes (10^6 bytes) of a stage; the device's peak is None where it cannot be read."""
+
+    seconds: float
+    peak_memory_mb: float
+    device_peak_memory_mb: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """Everything a reader needs to trust and repeat a run; `stages` and `metrics` are keyed by name."""
+
+    config: dict
+    seed: int
+    command: str
+    versions: dict
+    device: dict
+    stages: dict[str, StageCost]
+    metrics: dict[str, Measurement]
+
+
+def write(path, record: Record) -> None:
+    """Writes `record.json` as a whole or not at all, replacing an older one; UserError if the disk refuses.
+
+    Numbers that are not finite become the strings "nan", "inf", "-inf".
+    """
+    path = Path(path)
+    entry = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+    entry["stages"] = {name: dataclasses.asdict(cost) for name, cost in record.stages.items()}
+    entry["metrics"] = {name: _measurement_entry(metric) for name, metric in record.metrics.items()}
+    text = json.dumps(_plain(entry), indent=1, allow_nan=False) + "\n"
+    part = path.with_name(f".{path.name}.part-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise _disk_error("write", path, error) from error
+
+
+def read(path) -> Record:
+    """The record at `path`, every field checked; UserError, one line that names file and field, if it is damaged."""
+    try:
+        entry = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise _disk_error("read", path, error) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not a record: not valid JSON ({str(error).splitlines()[0]})") from None
+    try:
+        return _record(entry)
+    except (UserError, OverflowError) as error:
+        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from None
+
+
+def append(path, **scalars) -> None:
+    """Adds one line to a JSON-lines file and flushes it; values are numbers, strings, booleans or None.
+
+    Numbers that are not finite become the strings "nan", "inf", "-inf", which `float` reads back. The torn last line of a
+    killed run is cut off first. TypeError for nested values; UserError if the disk refuses.
+    """
+    flat = {name: _plain(value) for name, value in scalars.items()}
+    if nested := [name for name, value in flat.items() if isinstance(value, dict | list)]:
+        raise TypeError(f"{nested[0]} is not a scalar")
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab+") as file:
+            _mend_last_line(file)
+            file.write(json.dumps(flat, allow_nan=False).encode() + b"\n")
+    except OSError as error:
+        raise _disk_error("write", path, error) from error
+
+
+def read_lines(path) -> list[dict]:
+    """The lines of a JSON-lines file; a torn last line is left out, a damaged one elsewhere is a UserError naming it."""
+    try:
+        *lines, last = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise _disk_error("read", path, error) from error
+    found = [_line(line) for line in lines]
+    if None in found:
+        raise UserError(f"{path}, line {found.index(None) + 1} is damaged: not a JSON object")
+    return found + [entry for entry in [_line(last)] if entry is not None]
+
+
+class Scalars:
+    """A sink of training scalars: always JSON lines at `path`; with `tensorboard` also event files beside them.
+
+    Writes nothing unless `lead`. UserError if tensorboardX is asked for and not installed.
+    """
+
+    def __init__(self, path, tensorboard: bool = False, lead: bool = True):
+        self._path, self._lead, self._board = Path(path), lead, None
+        if tensorboard and lead:
+            try:
+                from tensorboardX import SummaryWriter
+            except ImportError:
+                raise UserError("tensorboard=True needs tensorboardX: pip install tensorboardX") from None
+            self._board = SummaryWriter(str(self._path.parent / "tensorboard"))
+
+    def write(self, *, step: int, stage: str, **scalars) -> None:
+        """Adds one line; on the board the scalars are called `stage/name`. Errors as in `append`."""
+        if not self._lead:
+            return
+        append(self._path, step=step, stage=stage, **scalars)
+        if self._board is not None:
+            for name, value in scalars.items():
+                if not isinstance(value, str | None):
+                    self._board.add_scalar(f"{stage}/{name}", float(value), int(step))
+            self._board.flush()
+
+    def close(self) -> None:
+        """Ends the event file, if there is one."""
+        if self._board is not None:
+            self._board.close()
+
+
+def versions() -> dict[str, str]:
+    """The versions a result depends on, by package; Python's too."""
+    found = {"python": platform.python_version(), "bibau_jax": bibau_jax.__version__}
+    for package in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
+        found[package.removesuffix("-checkpoint")] = importlib.metadata.version(package)
+    return found
+
+
+def device() -> dict:
+    """The devices of the run and the host's processor: platform, kind, count, processes, host_cpu, host_cores."""
+    import jax
+
+    first = jax.devices()[0]
+    cpu = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).is_file():
+        lines = (line.partition(":") for line in info.read_text().splitlines())
+        cpu = next((value.strip() for name, _, value in lines if name.strip() == "model name"), cpu)
+    found = {"platform": first.platform, "kind": first.device_kind, "count": jax.device_count()}
+    return found | {"processes": jax.process_count(), "host_cpu": cpu, "host_cores": os.cpu_count()}
+
+
+def _measurement_entry(metric: Measurement) -> dict:
+    rates = {name: getattr(metric, name) for name in _RATES}
+    entry = {"defense": metric.defense, **{name: rate.percent for name, rate in rates.items()}}
+    entry["counts"] = {name: [rate.hits, rate.count] for name, rate in rates.items()}
+    return {**entry, "seconds": metric.seconds, **metric.extra}
+
+
+def _record(entry) -> Record:
+    kinds = dict.fromkeys(("config", "versions", "device", "stages", "metrics"), dict) | {"seed": int, "command": str}
+    _check(entry, kinds, "")
+    _check(entry["versions"], dict.fromkeys(entry["versions"], str), "versions.")
+    stages = {name: _stage(stage, f"stages.{name}.") for name, stage in entry["stages"].items()}
+    metrics = {name: _measurement(metric, f"metrics.{name}.") for name, metric in entry["metrics"].items()}
+    return Record(**{**entry, "stages": stages, "metrics": metrics})
+
+
+def _stage(entry, where: str) -> StageCost:
+    kinds = {"seconds": _AMOUNT, "peak_memory_mb": _AMOUNT, "device_peak_memory_mb": (*_AMOUNT, type(None))}
+    _check(entry, kinds, where)
+    return StageCost(**{name: None if value is None else float(value) for name, value in entry.items()})
+
+
+def _measurement(entry, where: str) -> Measurement:
+    kinds = {"defense": str, "counts": dict, "seconds": _AMOUNT, **dict.fromkeys(_RATES, _AMOUNT)}
+    _check(entry, kinds, where, others=True)
+    _check(entry["counts"], dict.fromkeys(_RATES, list), f"{where}counts.")
+    rates = {name: _rate(entry["counts"][name], entry[name], where + name) for name in _RATES}
+    extra = {name: value for name, value in entry.items() if name not in kinds}
+    return Measurement(entry["defense"], **rates, seconds=float(entry["seconds"]), extra=extra)
+
+
+def _rate(counts: list, percent: float, where: str) -> Rate:
+    try:
+        hits, count = counts
+        rate = Rate(hits, count)
+    except ValueError as error:  # also a list that is not of two
+        raise UserError(f"{where}: counts {counts}: {error}") from None
+    if abs(percent - rate.percent) > 1e-6:
+        raise UserError(f"{where} is {percent}, but its counts {counts} give {rate.percent:.6g}")
+    return rate
+
+
+def _check(entry, kinds: dict, where: str, others: bool = False) -> None:
+    """Refuses an entry that lacks a name of `kinds`, holds another type there, a bad amount, or (without `others`) more."""
+    if not isinstance(entry, dict):
+        raise UserError(f"{where.rstrip('.') or 'the whole'} is not a JSON object")
+    for name, kind in kinds.items():
+        if name not in entry:
+            raise UserError(f"{where}{name} is missing")
+        value = entry[name]
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise UserError(f"{where}{name} is {str(value)[:40]!r}, which is not of the right type")
+        if isinstance(value, int | float) and kind is not int and not 0 <= value < math.inf:
+            raise UserError(f"{where}{name} is {value}, not a number from 0 up")
+    if odd := sorted(entry.keys() - kinds.keys()) if not others else []:
+        raise UserError(f"{where}{odd[0]} is not a known field")
+
+
+def _plain(value):
+    """The value as JSON knows it; arrays of one element become numbers."""
+    if isinstance(value, dict):
+        return {str(name): _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def _line(line: bytes) -> dict | None:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return entry if isinstance(entry, dict) else None
+
+
+def _mend_last_line(file) -> None:
+    """Ends the last line: as it stands if it is whole, by cutting it off if a killed process tore it."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(size - 1, 0))
+    if size and file.read(1) != b"\n":
+        file.seek(0)
+        data = file.read()
+        last = data[data.rfind(b"\n") + 1 :]
+        file.truncate(size - len(last) * (_line(last) is None))
+        if _line(last) is not None:
+            file.write(b"\n")
+
+
+def _disk_error(verb: str, path, error: OSError) -> UserError:
+    return UserError(f"cannot {verb} {path}: {error.strerror or error}")

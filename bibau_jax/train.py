@@ -1,0 +1,308 @@
+"""Training: one state, one step, one loop. Implanting and the fine-tuning defences all go through `fit`.
+
+A step is a pure function `step(state, frozen, batch, key) -> (state, metrics)`: `frozen` is what it reads and never changes
+(the backdoored model, say), and the key is folded from (seed, step), so that a resumed run is the same run.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+
+from bibau_jax import keys, parallel, progress
+from bibau_jax.checkpoint import Keeper
+from bibau_jax.data.augment import crop_and_flip
+from bibau_jax.errors import UserError
+from bibau_jax.method.terms import cross_entropy
+from bibau_jax.models import Classifier
+from bibau_jax.records import Scalars
+
+
+@struct.dataclass
+class TrainState:
+    """What training changes. `extra` holds the parameters of an attack that trains its own trigger, () otherwise."""
+
+    step: jax.Array
+    params: Any
+    statistics: Any
+    opt_state: Any
+    extra: Any = ()
+    extra_opt_state: Any = ()
+
+    @property
+    def variables(self) -> dict:
+        """Parameters and running statistics, as `Classifier.apply` takes them."""
+        return {"params": self.params, "batch_stats": self.statistics}
+
+
+def new_state(variables, optimizer: optax.GradientTransformation, extra=(), extra_optimizer=None) -> TrainState:
+    """The state before the first step, on all devices."""
+    # The copy keeps the caller's arrays alive: the state is donated to every step.
+    params, statistics, extra = jax.tree.map(jnp.array, (variables["params"], variables["batch_stats"], extra))
+    extra_opt_state = extra_optimizer.init(extra) if extra_optimizer else ()
+    state = TrainState(jnp.zeros((), jnp.int32), params, statistics, optimizer.init(params), extra, extra_opt_state)
+    return parallel.replicate(state)
+
+
+SCHEDULES = ("cosine", "constant", "multistep", "one_cycle")
+
+
+def learning_rate_schedule(name: str, peak: float, steps: int) -> optax.Schedule:
+    """Learning rate by step, at most `peak`.
+
+    "cosine" falls to 0, "constant" stays, "multistep" falls to a tenth at 50 % and 75 %, "one_cycle" rises for 20 % of the
+    steps and falls to 0.
+    """
+    if name == "cosine":
+        return optax.cosine_decay_schedule(peak, steps)
+    if name == "constant":
+        return optax.constant_schedule(peak)
+    if name == "multistep":
+        return optax.piecewise_constant_schedule(peak, {steps // 2: 0.1, steps * 3 // 4: 0.1})
+    if name == "one_cycle":
+        rise = max(1, steps // 5)
+        return optax.join_schedules(
+            [optax.linear_schedule(peak / 10, peak, rise), optax.linear_schedule(peak, 0.0, max(1, steps - rise))], [rise]
+        )
+    raise UserError(f'learning rate schedule "{name}" is unknown; choose one of {", ".join(SCHEDULES)}')
+
+
+def sgd(schedule, *, momentum: float, weight_decay: float, max_grad_norm: float = 0.0) -> optax.GradientTransformation:
+    """SGD as PyTorch's: weight decay joins the gradient before momentum, on all parameters; `max_grad_norm` 0 clips nothing."""
+    clip = [optax.clip_by_global_norm(max_grad_norm)] if max_grad_norm else []
+    return optax.chain(*clip, optax.add_decayed_weights(weight_decay), optax.sgd(schedule, momentum or None))
+
+
+def augmented(extra, batch, key, *, padding: int, flip: bool):
+    """The ordinary preparation of a batch: crop and flip; returns pixels (float32, 0..255), labels and a penalty of 0."""
+    pixels = crop_and_flip(keys.stream(key, "augment"), batch["images"], padding=padding, flip=flip)
+    return pixels.astype(jnp.float32), batch["labels"], 0.0
+
+
+def train_step(
+    state: TrainState,
+    frozen,
+    batch,
+    key,
+    *,
+    classifier: Classifier,
+    optimizer: optax.GradientTransformation,
+    prepare: Callable,
+    extra_optimizer: optax.GradientTransformation | None = None,
+):
+    """One step of cross-entropy training on a batch {"images" uint8, "labels"}; returns (state, {"loss", "accuracy"}).
+
+    `prepare(extra, batch, key) -> (pixels, labels, penalty)` augments the batch; an attack that controls training stamps
+    triggers there, and its parameters `extra` are trained on the same loss plus its penalty.
+    """
+
+    def objective(params, extra):
+        pixels, labels, penalty = prepare(extra, batch, key)
+        variables = {"params": params, "batch_stats": state.statistics}
+        outputs = classifier.apply(variables, pixels, train=True)
+        loss = cross_entropy(outputs.logits, labels).mean() + penalty
+        return loss, (outputs.statistics, jnp.mean(jnp.argmax(outputs.logits, -1) == labels))
+
+    gradient = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
+    (loss, (statistics, accuracy)), (grads, extra_grads) = gradient(state.params, state.extra)
+    params, opt_state = _apply(optimizer, grads, state.opt_state, state.params)
+    extra, extra_opt_state = state.extra, state.extra_opt_state
+    if extra_optimizer is not None:
+        extra, extra_opt_state = _apply(extra_optimizer, extra_grads, extra_opt_state, extra)
+    state = TrainState(state.step + 1, params, statistics, opt_state, extra, extra_opt_state)
+    return state, {"loss": loss, "accuracy": accuracy}
+
+
+def _apply(optimizer, grads, opt_state, params):
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Journal:
+    """Where a stage of training leaves its traces: checkpoints, scalars, progress. The default leaves none."""
+
+    stage: str = "training"
+    keeper: Keeper | None = None
+    scalars: Scalars | None = None
+    show: bool = False
+
+
+def fit(
+    step: Callable,
+    state,
+    data,
+    *,
+    key: jax.Array,
+    epochs: int,
+    batch_size: int,
+    frozen=(),
+    before_epoch: Callable | None = None,
+    after_epoch: Callable | None = None,
+    journal: Journal = Journal(),
+    whole_epochs: bool | None = None,
+):
+    """Runs `step` over `epochs` shuffled passes of `data`; returns (state, history), resuming from the journal's checkpoint.
+
+    Args:
+      step: `step(state, frozen, batch, key) -> (state, metrics)`, pure; metrics are scalars and hold "loss".
+      state: a struct with a field `step`; donated. Loses nothing that the caller holds if it came from `new_state`.
+      data: pytree of arrays with one leading axis N, kept whole on every device; a last short batch is dropped.
+      before_epoch: `(state, epoch) -> state`, e.g. to refresh a Fisher; runs only where an epoch really begins.
+      after_epoch: `(state, epoch) -> dict` of further scalars for the history.
+      whole_epochs: one compiled call per epoch; by default on GPU and TPU. Checkpoints then fall on the ends of epochs.
+      history: one dict per epoch, the mean of every metric and what `after_epoch` adds.
+
+    Raises `UserError` at a loss that is not finite, naming step and last good checkpoint, which it leaves in place.
+    """
+    data, frozen = parallel.replicate((data, frozen))
+    size = len(jax.tree.leaves(data)[0])
+    batch_size = min(batch_size, size)
+    parallel.check_batch(batch_size, "batch_size")
+    run = _Run(step, batch_size, size // batch_size, epochs, key, journal)
+    state, history, tally = run.resume(state)
+    whole = parallel.whole_epochs() if whole_epochs is None else whole_epochs
+    done = int(state.step)
+    with progress.bar(epochs * run.steps, journal.stage, start=done, show=journal.show) as bar:
+        for epoch in range(done // run.steps, epochs):
+            begun = time.monotonic()
+            first = int(state.step) - epoch * run.steps
+            if first == 0 and before_epoch is not None:
+                state = before_epoch(state, epoch)
+            order = _order(key, epoch, size, run.steps, batch_size)
+            if whole and first == 0:
+                state, tally = run.epoch(state, frozen, data, order, bar)
+            else:
+                state, tally = run.by_steps(state, frozen, data, order, first, tally, history, bar)
+            entry = tally.means() | (after_epoch(state, epoch) if after_epoch else {})
+            history = [*history, {"epoch": epoch + 1, "step": int(state.step), **entry}]
+            if journal.scalars is not None:
+                journal.scalars.write(stage=journal.stage, seconds=round(time.monotonic() - begun, 3), **history[-1])
+            tally = Tally()
+            if journal.keeper is not None and (whole or epoch + 1 == epochs):
+                run.save(state, history, tally)
+    return state, history
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def _order(key, epoch, size, steps, batch_size):
+    permutation = jax.random.permutation(keys.stream(key, "order", epoch), size)
+    return permutation[: steps * batch_size].reshape(steps, batch_size)
+
+
+class Tally:
+    """Sums of metrics over the steps of one epoch."""
+
+    def __init__(self, sums: dict[str, float] | None = None, count: int = 0):
+        self.sums, self.count = dict(sums or {}), count
+
+    def add(self, metrics: dict) -> None:
+        """Adds arrays [steps] or scalars of every metric."""
+        values = {name: np.atleast_1d(np.asarray(value, np.float64)) for name, value in metrics.items()}
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value.sum())
+        self.count += len(next(iter(values.values())))
+
+    def means(self) -> dict[str, float]:
+        """The mean of every metric."""
+        return {name: total / self.count for name, total in self.sums.items()}
+
+
+class _Run:
+    """The compiled step and epoch of one `fit`, and its checkpoints."""
+
+    def __init__(self, step, batch_size, steps, epochs, key, journal):
+        self.steps, self.epochs, self.journal = steps, epochs, journal
+
+        def one(state, frozen, data, rows):
+            batch = parallel.shard(jax.tree.map(lambda leaf: leaf[rows], data))
+            return step(state, frozen, batch, keys.stream(key, "step", state.step))
+
+        def whole(state, frozen, data, order):
+            return jax.lax.scan(lambda carry, rows: one(carry, frozen, data, rows), state, order)
+
+        self.one = jax.jit(one, donate_argnums=0)
+        self.whole = jax.jit(whole, donate_argnums=0)
+
+    def resume(self, state):
+        keeper = self.journal.keeper
+        if keeper is None or keeper.latest() is None:
+            return state, [], Tally()
+        _, state, info = keeper.restore(state)
+        return parallel.replicate(state), info["history"], Tally(info["sums"], info["count"])
+
+    def save(self, state, history, tally):
+        info = {"history": history, "sums": tally.sums, "count": tally.count}
+        self.journal.keeper.save(int(state.step), state, info)
+
+    def epoch(self, state, frozen, data, order, bar):
+        before = int(state.step)
+        state, metrics = self.whole(state, frozen, data, order)
+        tally = Tally()
+        self._count(jax.device_get(metrics), before, tally)
+        bar.advance(self.steps, loss=tally.means()["loss"])
+        return state, tally
+
+    def by_steps(self, state, frozen, data, order, first, tally, history, bar):
+        waiting, begun, keeper = [], int(state.step) - first, self.journal.keeper
+        fetched = time.monotonic()
+        for row in range(first, self.steps):
+            state, metrics = self.one(state, frozen, data, order[row])
+            waiting.append(metrics)
+            step, last = begun + row + 1, row + 1 == self.steps
+            due = keeper is not None and keeper.due(step) and not last
+            # Metrics stay on the device for a while, so that the next step need not wait for the host.
+            if due or last or time.monotonic() - fetched > 1.0:
+                stacked = {name: np.stack([m[name] for m in jax.device_get(waiting)]) for name in metrics}
+                self._count(stacked, step - len(waiting), tally)
+                bar.advance(len(waiting), loss=float(stacked["loss"][-1]))
+                waiting, fetched = [], time.monotonic()
+            if due:
+                self.save(state, history, tally)
+        return state, tally
+
+    def _count(self, metrics, before, tally):
+        loss = np.atleast_1d(metrics["loss"])
+        bad = np.flatnonzero(~np.isfinite(loss))
+        if len(bad):
+            keeper = self.journal.keeper
+            kept = (
+                f"the checkpoint of step {keeper.latest()} is kept" if keeper and keeper.latest() else "nothing was saved yet"
+            )
+            raise UserError(
+                f"{self.journal.stage}: the loss is {loss[bad[0]]} at step {before + bad[0] + 1}; {kept}; "
+                "a lower learning rate or smaller penalties may help"
+            )
+        tally.add(metrics)
+
+
+@partial(jax.jit, static_argnums=0)
+def _predict(classifier, variables, pixels):
+    return jnp.argmax(classifier.apply(variables, parallel.shard(pixels)).logits, -1)
+
+
+def predict(classifier: Classifier, variables, images, batch_size: int = 500) -> np.ndarray:
+    """The predicted class of every image (uint8 or float 0..255, [N, H, W, C]), int [N], in evaluation mode."""
+    variables = parallel.replicate(variables)
+    batch_size = parallel.padded(min(batch_size, len(images)))
+    predictions = []
+    for begin in range(0, len(images), batch_size):
+        part = np.asarray(images[begin : begin + batch_size])
+        short = batch_size - len(part)
+        # Every call has one shape, so that it compiles once; the padding is cut off again.
+        part = np.concatenate([part, np.zeros((short, *part.shape[1:]), part.dtype)]) if short else part
+        predictions.append(parallel.gather(_predict(classifier, variables, parallel.replicate(part)))[: batch_size - short])
+    return np.concatenate(predictions)
+
+
+def accuracy(classifier: Classifier, variables, images, labels) -> float:
+    """The share of images classified right, 0..1."""
+    return math.fsum(predict(classifier, variables, images) == labels) / len(labels)

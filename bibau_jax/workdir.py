@@ -1,0 +1,77 @@
+"""A run's folder: claimed for one config, so that nobody's results are overwritten by another's."""
+
+import json
+import os
+import pathlib
+
+from bibau_jax import parallel
+from bibau_jax.errors import UserError
+
+# What may change between two starts of the same run: where things lie and what else is asked for, never what was computed.
+FREE = ("stages", "tensorboard", "checkpoint_every", "distributed", "data.data_dir", "data.manual_dir", "data.download")
+ADDABLE = ("defense.beside", "implant.reuse", "implant.clean_twin")
+
+
+def flat(config: dict, prefix: str = "") -> dict:
+    """A nested dict as {"defense.pgd.steps": 20, ...}; sequences as lists."""
+    pairs = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            pairs |= flat(value, f"{prefix}{name}.")
+        else:
+            pairs[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
+    return pairs
+
+
+def differences(old: dict, new: dict, ignore=(*FREE, *ADDABLE)) -> list[str]:
+    """What differs between two nested configs, as "name: old -> new", apart from the names (and sections) to ignore."""
+    before, after = flat(old), flat(new)
+    names = sorted(before.keys() | after.keys())
+    changed = [name for name in names if before.get(name) != after.get(name)]
+    return [
+        f"{name}: {before.get(name)} -> {after.get(name)}"
+        for name in changed
+        if not any(name == free or name.startswith(f"{free}.") for free in ignore)
+    ]
+
+
+def claim(workdir, config: dict) -> pathlib.Path:
+    """The folder as an absolute path, made and marked with this config; a folder of another config or of no run is refused.
+
+    The settings of the defences are free until the first of them has begun: one may implant now and decide later.
+    """
+    folder = pathlib.Path(workdir).expanduser().absolute()
+    marker = folder / "config.json"
+    if marker.exists():
+        undecided = () if (folder / "purify").exists() else ("defense",)
+        changed = differences(read_config(folder), config, (*FREE, *ADDABLE, *undecided))
+        if changed:
+            raise UserError(f"{workdir} holds a run of another config ({'; '.join(changed)}); choose another --workdir")
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{workdir} exists and is not a run of this program; choose another --workdir")
+    parallel.wait("claim")  # nobody writes before everybody has looked
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    if parallel.is_lead() and not (marker.exists() and marker.read_text() == text):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(marker, text)
+    parallel.wait("claimed")
+    return folder
+
+
+def read_config(folder: pathlib.Path) -> dict:
+    """The config that a run's folder is marked with; `UserError` where there is none or it is damaged."""
+    marker = pathlib.Path(folder) / "config.json"
+    try:
+        return json.loads(marker.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{marker} cannot be read as a run's config: {error}") from error
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a small file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)

@@ -1,0 +1,98 @@
+"""Every setting and its default, one comment a line. Other files change what they must; the command line overrides both.
+
+python -m bibau_jax.main --config=configs/digits.py --workdir=runs/digits --config.defense.pgd.steps=10
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The defaults: the paper's settings where it states them, at full ResNet-18 size."""
+    config = ConfigDict()
+    config.seed = 0  # everything random is folded from it
+    config.stages = "implant,purify,evaluate,report"  # what to do; finished work is skipped
+    config.compute = "auto"  # bfloat16 on GPU/TPU and float32 on the CPU; or one of them by name
+    config.tensorboard = False  # mirror metrics.jsonl to TensorBoard (needs the extra [tensorboard])
+    config.checkpoint_every = 200  # steps between checkpoints of a training in progress (GPU/TPU: at ends of epochs)
+
+    config.distributed = ConfigDict()
+    config.distributed.coordinator = ""  # "host:port" of process 0, or "auto" on TPU pods and Slurm; "" for one process
+    config.distributed.processes = 1  # how many processes take part
+    config.distributed.process = 0  # which one this is
+
+    config.data = ConfigDict()
+    config.data.name = "cifar10"  # a file in bibau_jax/data
+    config.data.data_dir = ""  # where prepared data sets are kept; "" is ~/tensorflow_datasets
+    config.data.manual_dir = ""  # where archives lie that were downloaded by hand
+    config.data.download = True  # whether a missing archive may be downloaded
+    config.data.train_size = 0  # training images; 0 takes all that validation leaves
+    config.data.clean_size = 2500  # the defender's clean images, drawn from the training images (5 %)
+    config.data.validation_size = 1000  # held-out clean images: never trained on, the only ones anything may be tuned on
+    config.data.padding = 4  # random crop after this much zero padding
+    config.data.flip = True  # random horizontal flip
+
+    config.model = ConfigDict()
+    config.model.name = "resnet18"  # a network of bibau_jax/models
+    config.model.width = 64  # channels of the first stage
+    config.model.stages = (2, 2, 2, 2)  # blocks per stage
+    config.model.mean = (0.4914, 0.4822, 0.4465)  # of the pixels, on the 0..1 scale
+    config.model.std = (0.247, 0.243, 0.261)
+
+    config.attack = ConfigDict()
+    config.attack.name = "badnets"  # a file in bibau_jax/attacks
+    config.attack.target_label = 0  # the class that triggered images shall get
+    config.attack.poison_ratio = 0.1  # of the whole training set
+    config.attack.mode = "all_to_one"  # or all_to_all: class y becomes y + 1
+    config.attack.badnets = ConfigDict({"variant": "square", "size": 3})  # square or grid; pixels
+    config.attack.blended = ConfigDict({"variant": "cartoon", "alpha": 0.2})  # cartoon or noise; weight of the picture
+
+    config.implant = ConfigDict()
+    config.implant.reuse = ""  # workdir of a run whose backdoored model (same settings) to take instead of training one
+    config.implant.clean_twin = "train"  # "train" one on the same data without poison, "none", or a workdir to take it from
+    config.implant.epochs = 200
+    config.implant.batch_size = 128
+    config.implant.learning_rate = 0.1
+    config.implant.schedule = "multistep"  # x0.1 at 50 % and 75 %; or cosine, constant, one_cycle
+    config.implant.momentum = 0.9
+    config.implant.weight_decay = 5e-4
+
+    config.defense = defense()
+    return config
+
+
+def defense() -> ConfigDict:
+    """Settings of the defences; each takes those that its `purify` names. Same data and budget for all."""
+    config = ConfigDict()
+    config.name = "bibau_u"  # the main defence, a file in bibau_jax/defenses; its model is `purified` in the record
+    config.beside = "ft,base_at,bibau_t"  # defences run beside it on the same model and data
+    config.epochs = 20
+    config.batch_size = 256
+    config.learning_rate = 0.01
+    config.schedule = "cosine"
+    config.momentum = 0.9
+    config.weight_decay = 5e-4
+    config.max_grad_norm = 5.0  # BI-BAU clips the gradient's global norm at this; 0 for never
+
+    # BI-BAU; base_at shares the perturbation
+    config.target_label = 0  # the class that bibau_t takes for the attacker's
+    config.ablation = "+A+B"  # base_at, +A, +B or +A+B (Table 6)
+    config.pgd = ConfigDict()
+    config.pgd.norm = "l2"  # or linf; lost in the paper's text
+    config.pgd.epsilon = 25.0  # bound on the perturbation, pixels 0..255
+    config.pgd.step_size = 2.0
+    config.pgd.steps = 20
+    config.pgd.start = "zero"  # or random
+    config.lambda_kd = 1.0  # lambda_1, the distillation term of the E-step (A)
+    config.lambda_prior = 1.0  # lambda_2, the backdoor-feature prior of the E-step (B)
+    config.lambda_ewc = 1.0  # lambda_3, EWC (A)
+    config.lambda_iewc = 30.0  # lambda_4, inverse EWC (B)
+    config.alpha = 0.5  # share of the soft targets in the distillation, 0..1
+    config.temperature = 4.0  # T of the distillation
+    config.eta = 0.5  # share of the clean feature that the prior takes off, 0..1
+    config.prior_form = "cosine"  # or inner
+    config.iewc_cap = 100.0  # c: the inverse penalty wakes when its quadratic form passes 1/c
+    config.iewc_form = "clip"  # the paper's; or neg_log, hinge
+    config.unlearning_labels = "predicted"  # labels that F^u is taken for: the backdoored model's own, or true
+    config.fisher_refresh = "epoch"  # F^cl anew at the current parameters each epoch; or never
+    config.fisher_chunk = 32  # per-example gradients held at a time on a device
+    return config

@@ -1,0 +1,24 @@
+"""CIFAR-10 at the size of two CPU cores: 20,000 images, a ResNet of width 16 with one block a stage, 1,000 clean images.
+
+python -m bibau_jax.main --config=configs/cifar10_cpu.py:blended --workdir=runs/cpu_blended
+"""
+
+from configs import base
+
+
+def get_config(attack: str = "badnets"):
+    """The setting of results/cifar10_cpu.md; `configs/cifar10_cpu.py:blended` for another attack."""
+    config = base.get_config()
+    config.attack.name = attack
+    config.data.train_size = 20_000
+    config.data.clean_size = 1000
+    config.model.width = 16
+    config.model.stages = (1, 1, 1, 1)
+    config.implant.epochs = 15
+    config.implant.schedule = "one_cycle"
+    config.defense.epochs = 8
+    config.defense.batch_size = 128
+    config.defense.pgd.steps = 8
+    config.defense.pgd.step_size = 8.0
+    config.defense.pgd.epsilon = 50.0
+    return config

@@ -1,0 +1,31 @@
+"""Handwritten digits that come with scikit-learn, 16x16: the whole story in about a minute on two cores, nothing to download.
+
+python -m bibau_jax.main --config=configs/digits.py --workdir=runs/digits
+"""
+
+from configs import base
+
+
+def get_config(attack: str = "badnets"):
+    """The demonstration; `configs/digits.py:blended` for another attack."""
+    config = base.get_config()
+    config.data.name = "digits"
+    config.data.clean_size = 200
+    config.data.validation_size = 97
+    config.data.padding = 1
+    config.data.flip = False  # a mirrored 2 is no digit
+    config.model.width = 8
+    config.model.stages = (1, 1, 1)
+    config.model.mean = (0.305,)
+    config.model.std = (0.376,)
+    config.attack.name = attack
+    config.implant.epochs = 20
+    config.implant.batch_size = 64
+    config.implant.schedule = "one_cycle"
+    config.defense.epochs = 30
+    config.defense.batch_size = 50
+    config.defense.pgd.steps = 8
+    config.defense.pgd.step_size = 100.0
+    config.defense.pgd.epsilon = 500.0  # a quarter of an image's own length: digits have large margins
+    config.defense.lambda_kd = 0.1
+    return config

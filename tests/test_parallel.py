@@ -1,0 +1,212 @@
+"""Eight devices give the numbers of one, `pmap` gives them too, and so do two processes."""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bibau_jax import keys, parallel, train
+from bibau_jax.data import ImageSet
+from bibau_jax.defenses import bibau
+from bibau_jax.errors import UserError
+from bibau_jax.models import Classifier
+from bibau_jax.models.layers import Head, Normalize
+
+TERMS = bibau.Weights(1.0, 1.0, 1.0, 0.5, 0.5, 4.0, 0.5, "cosine", 100.0, "neg_log")
+L2 = bibau.Perturbation("l2", 200.0, 60.0, 2)
+
+
+def close(found, expected, **tolerance):
+    jax.tree.map(partial(np.testing.assert_allclose, **tolerance), jax.device_get(found), jax.device_get(expected))
+
+
+@pytest.fixture
+def eight():
+    with parallel.on_devices(8):
+        yield
+
+
+# --- placement
+
+
+def test_replicated_leaves_are_whole_on_every_device_and_are_not_placed_twice(eight):
+    placed = parallel.replicate({"a": np.arange(6.0), "b": jnp.ones(3)})
+    assert placed["a"].is_fully_replicated and len(placed["a"].sharding.device_set) == 8
+    assert parallel.replicate(placed)["a"] is placed["a"]
+
+
+def test_a_sharded_batch_has_an_equal_part_on_every_device(eight):
+    spread = jax.jit(parallel.shard)(parallel.replicate(jnp.arange(32.0).reshape(16, 2)))
+    assert {shard.data.shape for shard in spread.addressable_shards} == {(2, 2)}
+    assert len({shard.device for shard in spread.addressable_shards}) == 8
+
+
+def test_gathering_brings_whole_arrays_to_the_host_in_their_order(eight):
+    spread = jax.jit(parallel.shard)(parallel.replicate({"x": jnp.arange(16)}))
+    found = parallel.gather(spread)
+    assert isinstance(found["x"], np.ndarray)
+    np.testing.assert_array_equal(found["x"], np.arange(16))
+
+
+def test_sizes_are_padded_to_whole_chunks_on_every_device(eight):
+    assert [parallel.padded(size) for size in (1, 8, 9)] == [8, 8, 16]
+    assert [parallel.padded(size, chunk=3) for size in (1, 24, 25)] == [24, 24, 48]
+
+
+def test_a_batch_that_cannot_be_shared_out_evenly_is_refused(eight, tiny, tiny_variables, digits):
+    parallel.check_batch(16, "implant.batch_size")
+    with pytest.raises(UserError, match="implant.batch_size=12 cannot be divided among 8 devices; choose a multiple"):
+        parallel.check_batch(12, "implant.batch_size")
+    with pytest.raises(UserError, match="batch_size=12 cannot be divided"):
+        trained(tiny, tiny_variables, digits.train.take(slice(24)), batch_size=12)
+
+
+@pytest.mark.parametrize("count", [0, 9])
+def test_more_devices_than_there_are_cannot_be_asked_for(count):
+    with pytest.raises(UserError, match=f"{count} devices were asked for, 8 are there"):
+        with parallel.on_devices(count):
+            pass
+
+
+def test_the_device_count_comes_back_after_its_block_even_after_an_error():
+    before = parallel.device_count()
+    with pytest.raises(ZeroDivisionError):
+        with parallel.on_devices(4):
+            assert parallel.device_count() == parallel.mesh().size == 4
+            raise ZeroDivisionError
+    assert parallel.device_count() == before == 1
+
+
+def test_a_sum_over_devices_is_the_sum_over_all_examples(eight):
+    def fn(params, examples):
+        return {"sum": (params * examples).sum(0)}
+
+    examples = jnp.arange(48.0).reshape(16, 3)
+    found = parallel.sum_over_devices(fn)(*parallel.replicate((jnp.array([1.0, 2.0, 3.0]), examples)))
+    np.testing.assert_allclose(found["sum"], examples.sum(0) * jnp.array([1.0, 2.0, 3.0]))
+
+
+def test_joining_processes_after_work_has_begun_is_one_clear_error():
+    parallel.connect("")  # one process: nothing to join
+    jnp.ones(1).block_until_ready()
+    with pytest.raises(UserError, match="cannot join the processes at 127.0.0.1:1: "):
+        parallel.connect("127.0.0.1:1", processes=2, process=1)
+
+
+# --- eight devices against one
+
+
+def trained(classifier, variables, images: ImageSet, batch_size=16):
+    optimizer = train.sgd(optax.constant_schedule(0.05), momentum=0.9, weight_decay=5e-4)
+    prepare = partial(train.augmented, padding=2, flip=True)
+    return train.fit(
+        partial(train.train_step, classifier=classifier, optimizer=optimizer, prepare=prepare),
+        train.new_state(variables, optimizer),
+        {"images": images.images, "labels": images.labels},
+        key=keys.root(0),
+        epochs=1,
+        batch_size=batch_size,
+    )
+
+
+def purified(classifier, variables, images: ImageSet):
+    return bibau.purify(
+        *(keys.root(0), classifier, variables, images),
+        epochs=1,
+        batch_size=16,
+        learning_rate=0.05,
+        pgd=L2._replace(start="random"),
+        iewc_form="neg_log",  # awake from the second step on
+        lambda_iewc=0.5,
+        max_grad_norm=2.0,
+        padding=2,
+        fisher_chunk=4,
+    )
+
+
+def test_training_on_eight_devices_is_training_on_one(tiny, tiny_variables, digits):
+    images = digits.train.take(slice(40))
+    expected, history = trained(tiny, tiny_variables, images)
+    with parallel.on_devices(8):
+        found, same_history = trained(tiny, tiny_variables, images)
+        assert len(found.params["conv1"]["kernel"].sharding.device_set) == 8
+    close(found.variables, expected.variables, atol=1e-5)
+    close(same_history, history, rtol=1e-4)
+
+
+def test_bibau_on_eight_devices_is_bibau_on_one(tiny, tiny_variables, digits):
+    """E-step, both Fisher diagonals, M-step, BatchNorm over the global batch, and the samples at the end."""
+    images = digits.train.take(slice(40))
+    expected = purified(tiny, tiny_variables, images)
+    with parallel.on_devices(8):
+        found = purified(tiny, tiny_variables, images)
+    close(found.variables, expected.variables, atol=2e-4)
+    close(found.history, expected.history, rtol=1e-3)
+    assert expected.history[0]["iewc_awake"] > 0
+    apart = np.abs(found.samples["adversarial"].astype(int) - expected.samples["adversarial"])
+    assert apart.mean() < 0.05
+
+
+@pytest.mark.parametrize("size", [1, 13])
+def test_predictions_on_eight_devices_are_those_of_one(tiny, tiny_variables, digits, size):
+    expected = train.predict(tiny, tiny_variables, digits.test.images[:size], batch_size=5)
+    with parallel.on_devices(8):
+        found = train.predict(tiny, tiny_variables, digits.test.images[:size], batch_size=5)
+    np.testing.assert_array_equal(found, expected)
+    assert found.shape == (size,)
+
+
+# --- the same outer update by pmap
+
+
+class WithoutNorm(nn.Module):
+    """A convolution and a head: without BatchNorm the mean of the devices' gradients is the batch's gradient."""
+
+    @nn.compact
+    def __call__(self, pixels, train=False):
+        x = nn.relu(nn.Conv(3, (3, 3))(Normalize((0.3,), (0.4,))(pixels)))
+        features = x.mean((1, 2))
+        return Head(10, name="head")(features), features
+
+
+def test_the_outer_update_mapped_by_pmap_gives_the_same_parameters(eight, digits):
+    classifier = Classifier(WithoutNorm(), 10, (16, 16, 1))
+    backdoored = {"params": classifier.init(keys.root(0))["params"], "batch_stats": {}}
+    optimizer = train.sgd(optax.constant_schedule(0.5), momentum=0.9, weight_decay=5e-4)
+    fresh = bibau._first_state(backdoored, optimizer)
+    moved = jax.tree.map(lambda leaf: leaf + 0.05, fresh.params)  # so that all four terms have a say
+    ones = jax.tree.map(jnp.ones_like, moved)
+    state = fresh.replace(params=moved, fisher_clean=ones, fisher_unlearning=ones)
+    images, labels = digits.train.images[:32].astype(np.float32), digits.train.labels[:32]
+    shared = {"classifier": classifier, "target": None, "weights": TERMS}
+
+    @partial(jax.pmap, axis_name="devices", in_axes=(None, None, 0, 0), out_axes=None)
+    def by_pmap(state, backdoored, images, labels):
+        adversarial = bibau.e_step(
+            images, labels, state.variables, backdoored, keys.root(0), perturbation=L2, **shared
+        )
+        gradient = jax.grad(bibau.m_step_loss, has_aux=True)
+        grads, _ = gradient(state.params, state, images, adversarial, labels, backdoored, **shared)
+        grads = jax.lax.pmean(grads, "devices")
+        updates, _ = optimizer.update(grads, state.opt_state, state.params)
+        return optax.apply_updates(state.params, updates)
+
+    @jax.jit
+    def by_jit(state, backdoored, images, labels):
+        batch = parallel.shard({"images": images, "labels": labels})
+        options = {"optimizer": optimizer, "perturbation": L2, "padding": 0, "flip": False}
+        return bibau.step(state, {"backdoored": backdoored}, batch, keys.root(0), **options, **shared)
+
+    found, metrics = by_jit(*parallel.replicate((state, backdoored, images, labels)))
+    with jax.default_device(None):
+        expected = by_pmap(
+            *jax.device_get((state, backdoored)), images.reshape(8, 4, 16, 16, 1), labels.reshape(8, 4)
+        )
+    assert metrics["iewc_awake"] == 1.0 and metrics["kd"] != 0.0 and metrics["prior"] != 0.0
+    close(found.params, expected, atol=1e-6)
+    change = jax.tree.map(lambda a, b: np.abs(a - b).max(), jax.device_get(found.params), jax.device_get(moved))
+    assert min(jax.tree.leaves(change)) > 1e-3

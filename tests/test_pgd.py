@@ -1,0 +1,139 @@
+"""Projected gradient ascent: the scan is the loop of the definition, and stays within its bounds."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bibau_jax.method import pgd
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.uniform(0, 255, (5, 4, 6, 3)).astype(np.float32)
+IMAGES[0, 0] = 0.0  # at the edges of the pixel range already
+IMAGES[1, 1] = 255.0
+PEAK = RNG.uniform(-100, 355, IMAGES.shape).astype(np.float32)
+NORMS = pytest.mark.parametrize("norm", pgd.NORMS)
+STARTS = pytest.mark.parametrize("start", [None, "random"])
+EPSILON = {"l2": 60.0, "linf": 20.0}
+STEP = {"l2": 25.0, "linf": 7.0}
+
+
+def objective(images):
+    """Concave in every image, highest at PEAK, which is mostly out of reach."""
+    return -jnp.sum((images - PEAK) ** 2 * (1 + jnp.arange(3)), axis=(1, 2, 3))
+
+
+def gradient(images):
+    return jax.grad(lambda x: objective(x).sum())(images)
+
+
+def attack(norm, steps=6, start=None, images=IMAGES, fn=gradient, **options):
+    options = {"epsilon": EPSILON[norm], "step_size": STEP[norm], **options}
+    if isinstance(start, str):
+        start = pgd.random_start(jax.random.key(3), images.shape, norm=norm, epsilon=EPSILON[norm])
+    return np.asarray(pgd.adversarial_images(fn, jnp.asarray(images), norm=norm, steps=steps, start=start, **options))
+
+
+def length(perturbation, norm):
+    flat = np.abs(perturbation.astype(np.float64).reshape(len(perturbation), -1))
+    return flat.max(1) if norm == "linf" else np.sqrt((flat**2).sum(1))
+
+
+def loop(norm, steps, start):
+    """The definition, image by image, in float64."""
+    found, epsilon, step = [], EPSILON[norm], STEP[norm]
+    for image, peak, first in zip(IMAGES.astype(float), PEAK.astype(float), start.astype(float), strict=True):
+
+        def project(x, image=image):
+            delta = x - image
+            if norm == "linf":
+                delta = np.clip(delta, -epsilon, epsilon)
+            elif np.linalg.norm(delta) > epsilon:
+                delta = delta * epsilon / np.linalg.norm(delta)
+            return np.clip(image + delta, 0, 255)
+
+        x = project(image + first)
+        for _ in range(steps):
+            slope = -2 * (x - peak) * (1 + np.arange(3))
+            x = project(x + step * (np.sign(slope) if norm == "linf" else slope / np.linalg.norm(slope)))
+        found.append(x)
+    return np.array(found)
+
+
+@NORMS
+@STARTS
+def test_scan_and_loop_give_the_same_adversarial_images(norm, start):
+    first = np.zeros_like(IMAGES) if start is None else RNG.normal(0, 9, IMAGES.shape).astype(np.float32)
+    found = attack(norm, start=None if start is None else jnp.asarray(first))
+    np.testing.assert_allclose(found, loop(norm, 6, first), atol=2e-3)
+
+
+@NORMS
+@STARTS
+def test_the_perturbation_stays_within_its_bound_and_the_image_within_0_and_255(norm, start):
+    found = attack(norm, steps=9, start=start)
+    lengths = length(found - IMAGES, norm)
+    assert found.min() >= 0 and found.max() <= 255
+    assert (lengths <= EPSILON[norm] * (1 + 1e-5)).all()
+    assert (lengths > EPSILON[norm] * 0.5).all()  # and it went to its bound, not nowhere
+
+
+@NORMS
+def test_random_starts_lie_inside_the_ball_and_differ(norm):
+    starts = np.asarray(pgd.random_start(jax.random.key(0), (400, 3, 4, 1), norm=norm, epsilon=8.0))
+    lengths = length(starts, norm)
+    assert lengths.max() <= 8.0 * (1 + 1e-6) and lengths.max() > 7.0
+    assert lengths.std() > 0.1 and np.abs(starts.mean()) < 0.5
+    other = pgd.random_start(jax.random.key(1), (400, 3, 4, 1), norm=norm, epsilon=8.0)
+    assert not np.array_equal(starts, other)
+
+
+def test_l2_starts_are_spread_over_all_radii_and_directions():
+    starts = np.asarray(pgd.random_start(jax.random.key(0), (800, 2, 2, 1), norm="l2", epsilon=1.0))
+    shares = np.histogram(length(starts, "l2"), bins=4, range=(0, 1))[0] / 800
+    assert (shares > 0.17).all()
+    assert (np.abs((starts > 0).mean(0) - 0.5) < 0.08).all()
+
+
+@NORMS
+def test_no_steps_leave_the_images_or_their_projected_start(norm):
+    np.testing.assert_array_equal(attack(norm, steps=0), IMAGES)
+    far = jnp.full(IMAGES.shape, 500.0)
+    found = attack(norm, steps=0, start=far)
+    assert found.max() <= 255 and (length(found - IMAGES, norm) <= EPSILON[norm] * (1 + 1e-5)).all()
+
+
+@NORMS
+def test_every_step_raises_a_concave_objective_until_the_bound_stops_it(norm):
+    reached = np.array([objective(attack(norm, steps=steps, step_size=STEP[norm] / 4)) for steps in range(8)])
+    gain = np.diff(reached, axis=0)
+    assert (gain[:3] > 0).all()
+    assert (gain > -1e-5 * np.abs(reached[:-1])).all()
+
+
+@NORMS
+def test_unrolling_changes_nothing_but_rounding(norm):
+    rolled = attack(norm, steps=5, start="random")
+    for unroll in (2, 5):
+        np.testing.assert_allclose(attack(norm, steps=5, start="random", unroll=unroll), rolled, atol=1e-3)
+
+
+@NORMS
+def test_an_image_does_not_depend_on_its_batch(norm):
+    whole = attack(norm)
+
+    def alone(images):
+        return gradient(jnp.concatenate([jnp.asarray(IMAGES[:3]), images, jnp.asarray(IMAGES[4:])]))[3:4]
+
+    np.testing.assert_allclose(attack(norm, images=IMAGES[3:4], fn=alone), whole[3:4], atol=1e-3)
+
+
+@NORMS
+def test_an_image_without_a_gradient_stays_as_it_is(norm):
+    np.testing.assert_array_equal(attack(norm, fn=jnp.zeros_like), IMAGES)
+
+
+@NORMS
+def test_a_step_has_length_one_in_its_norm(norm):
+    slopes = RNG.normal(0, 1e-4, IMAGES.shape).astype(np.float32)
+    np.testing.assert_allclose(length(np.asarray(pgd.ascent_direction(slopes, norm)), norm), 1.0, rtol=1e-5)
