@@ -79,7 +79,9 @@ class Ours:
         first = train.new_state(case.current, self.optimizer)
         # Copies, because the state is donated to every update.
         fishers = jax.tree.map(jnp.array, (case.fishers["clean"], case.fishers["unlearning"]))
-        self.state = bibau.UnlearningState(first.step, first.params, first.statistics, first.opt_state, *parallel.replicate(fishers))
+        self.state = bibau.UnlearningState(
+            first.step, first.params, first.statistics, first.opt_state, *parallel.replicate(fishers)
+        )
         shared = {"classifier": case.classifier, "target": None, "perturbation": case.perturbation}
         self._attack = {w: jax.jit(partial(bibau.e_step, weights=w, **shared)) for w in (case.weights, BASE_AT)}
         options = {"optimizer": self.optimizer, "weights": case.weights, "padding": case.padding, "flip": bool(case.padding)}
@@ -93,7 +95,9 @@ class Ours:
     def attack(self, weights: bibau.Weights | None = None):
         """One E-step with these weights or the case's own; returns x'."""
         models_ = self.variables["current"], self.variables["backdoored"]
-        return jax.block_until_ready(self._attack[weights or self.case.weights](self.pixels, self.batch["labels"], *models_, keys.root(0)))
+        return jax.block_until_ready(
+            self._attack[weights or self.case.weights](self.pixels, self.batch["labels"], *models_, keys.root(0))
+        )
 
     def update(self) -> dict:
         """One outer update; returns its metrics and keeps the state."""
@@ -120,22 +124,21 @@ class Theirs:
         place = {"memory_format": memory_format or torch.contiguous_format, "device": device, "dtype": dtype}
         self.case = case
         self.net, self.backdoored = (
-            twin.load(twin.ResNet(case.width, case.stages), variables).to(**place)
-            for variables in (case.current, case.backdoored)
+            twin.load(self._new_net(), variables).to(**place) for variables in (case.current, case.backdoored)
         )
         self.backdoored.eval().requires_grad_(False)
         self.anchor = {name: p.detach().clone() for name, p in self.backdoored.named_parameters()}
         self.fishers = {name: self._by_name(tree) for name, tree in case.fishers.items()}
         self.images = twin.to_torch(case.images).to(**place)
         self.labels = torch.from_numpy(case.labels).long().to(device)
-        self.optimizer = torch.optim.SGD(
-            self.net.parameters(), LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
-        )
+        self.optimizer = torch.optim.SGD(self.net.parameters(), LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+
+    def _new_net(self):
+        return twin.ResNet(self.case.width, self.case.stages, self.case.classifier.num_classes)
 
     def _by_name(self, tree):
         """A tree like the parameters as tensors by PyTorch name, laid out like the network's parameters."""
-        holder = twin.ResNet(self.case.width, self.case.stages)
-        twin.load(holder, {"params": tree, "batch_stats": self.case.current["batch_stats"]})
+        holder = twin.load(self._new_net(), {"params": tree, "batch_stats": self.case.current["batch_stats"]})
         values = dict(holder.named_parameters())
         return {name: torch.empty_like(p).copy_(values[name]).detach() for name, p in self.net.named_parameters()}
 
@@ -163,7 +166,7 @@ def timed(work: Callable) -> float:
 
 
 def alternate(work: dict[str, Callable], rounds: int) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """(seconds of each first call, seconds of `rounds` further calls), the works taken in turn so that all meet the same load."""
+    """(seconds of each first call, seconds of `rounds` more), the works taken in turn, so that all meet the same load."""
     first = {name: timed(call) for name, call in work.items()}
     later = {name: [] for name in work}
     for _ in range(rounds):

@@ -5,7 +5,9 @@ python benchmarks/speed.py             # the same as a table
 python benchmarks/speed.py --check     # instead: do both sides compute the same numbers?
 
 Both sides get the same network, images, steps and threads, and take turns (ours, twin, twin channels-last, ours ...), so that
-a busy machine slows them alike; every figure is the median of several rounds, and no compilation is in it.
+a busy machine slows them alike; every figure is the median of several rounds, and no compilation is in it. `best` holds the
+same ratios from the fastest round of each: where they differ from the medians, the machine was busy, and the medians tell
+more of how each library shares cores (PyTorch's threads wait for one another, XLA's take what there is).
 
   inner_ratio                  image-gradient steps/s of our E-step, all terms and both models, over the twin's (goal 1.0)
   inner_ratio_channels_last    the same against the twin in channels-last, often PyTorch's faster layout on a CPU
@@ -14,7 +16,7 @@ a busy machine slows them alike; every figure is the median of several rounds, a
   fisher_ratio                 our Fisher's seconds per image over those of a plain gradient pass of the batch (goal at most 2)
 
 The ratios without a suffix are against PyTorch's default memory format. Without PyTorch, ours alone is measured and the
-ratios against it are null.
+ratios against it are null. `--only inner outer` measures those alone; `fisher_ratio` needs fisher and gradient.
 """
 
 import argparse
@@ -33,10 +35,11 @@ import sides
 
 from bibau_jax.defenses.bibau import Perturbation
 
+WORKS = ("inner", "inner_base_at", "outer", "fisher", "gradient")
 ABSENT = "PyTorch is not installed: only ours was measured, ratios against the twin are null"
 
 
-def works(case: sides.Case) -> dict:
+def works(case: sides.Case, only) -> dict:
     """What is timed, by name: "who/what"."""
     ours = sides.Ours(case)
     found = {
@@ -47,7 +50,7 @@ def works(case: sides.Case) -> dict:
         "ours/gradient": ours.gradient,
     }
     if sides.torch is None:
-        return found
+        return {name: work for name, work in found.items() if name.split("/")[1] in only}
     twins = {"twin": sides.Theirs(case), "twin_channels_last": sides.Theirs(case, sides.torch.channels_last)}
     for name, side in twins.items():
         found[f"{name}/inner"] = side.attack
@@ -55,7 +58,7 @@ def works(case: sides.Case) -> dict:
         found[f"{name}/outer"] = side.update
     found["twin/fisher"] = twins["twin"].fisher
     # One after another those who do the same work, so that they meet the same load.
-    return dict(sorted(found.items(), key=lambda item: item[0].split("/")[1]))
+    return {name: work for what in only for name, work in found.items() if name.split("/")[1] == what}
 
 
 def ratios(seconds: dict[str, float]) -> dict[str, float | None]:
@@ -64,9 +67,12 @@ def ratios(seconds: dict[str, float]) -> dict[str, float | None]:
     for what in ("inner", "inner_base_at", "outer"):
         for name, suffix in (("twin", ""), ("twin_channels_last", "_channels_last")):
             key = f"{what.split('_')[0]}_ratio{what.removeprefix('inner').removeprefix('outer')}{suffix}"
-            theirs = seconds.get(f"{name}/{what}")
-            found[key] = round(theirs / seconds[f"ours/{what}"], 3) if theirs else None
-    return found | {"fisher_ratio": round(seconds["ours/fisher"] / seconds["ours/gradient"], 3)}
+            found[key] = _over(seconds, f"{name}/{what}", f"ours/{what}")
+    return found | {"fisher_ratio": _over(seconds, "ours/fisher", "ours/gradient")}
+
+
+def _over(seconds, above, below):
+    return round(seconds[above] / seconds[below], 3) if above in seconds and below in seconds else None
 
 
 def rates(seconds: dict[str, float], batch: int, steps: int) -> dict[str, float]:
@@ -96,11 +102,12 @@ def measure(args) -> dict:
     """The record: ratios first, then rates, spread, compile seconds, machine and settings."""
     perturbation = Perturbation(norm=args.norm, steps=args.steps)
     case = sides.make_case(args.width, args.stages, args.batch, perturbation)
-    first, later = sides.alternate(works(case), args.rounds)
+    first, later = sides.alternate(works(case, args.only), args.rounds)
     seconds = {name: statistics.median(values) for name, values in later.items()}
     # What the first call took beyond a later one: tracing, lowering and XLA.
     compiling = {n: round(first[n] - seconds[n], 2) for n in first if n.startswith("ours/")}
     record = ratios(seconds) | {
+        "best": ratios({name: min(values) for name, values in later.items()}),
         "rates": rates(seconds, args.batch, args.steps),
         "seconds": {name: [round(value, 4) for value in values] for name, values in later.items()},
         "compile_seconds": compiling,
@@ -113,7 +120,7 @@ def measure(args) -> dict:
 def show(record: dict) -> None:
     """The record as a table."""
     print(f"{'work':<18}{'ours':>12}{'twin':>12}{'channels last':>16}{'compile s':>12}   per second")
-    for what in ("inner", "inner_base_at", "outer", "fisher", "gradient"):
+    for what in record["settings"]["only"]:
         cells = (record["rates"].get(f"{who}/{what}", "-") for who in ("ours", "twin", "twin_channels_last"))
         ours, theirs, last = cells
         unit = "image-gradient steps" if "inner" in what else "images"
@@ -121,7 +128,8 @@ def show(record: dict) -> None:
     print()
     for name, value in record.items():
         if "_ratio" in name:
-            print(f"{name:<40}{'-' if value is None else value:>8}")
+            best = record["best"][name]
+            print(f"{name:<40}{'-' if value is None else value:>8}{'-' if best is None else best:>12} (fastest rounds)")
     print("\n" + ", ".join(f"{k} {v}" for k, v in (record["machine"] | record["settings"]).items()))
     if "note" in record:
         print(record["note"])
@@ -153,6 +161,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--steps", type=int, default=8, help="PGD steps")
     parser.add_argument("--norm", choices=("l2", "linf"), default="l2")
+    parser.add_argument("--only", nargs="+", choices=WORKS, default=WORKS, help="what to measure")
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of everything")
     parser.add_argument("--threads", type=int, default=2, help="PyTorch's threads; XLA takes every core it may run on")
     args = parser.parse_args()

@@ -110,7 +110,7 @@ def tree_of(net: nn.Module, named: dict[str, torch.Tensor], collection: str = "p
                 branch = tree
                 for part in path.split("."):
                     branch = branch.setdefault(part, {})
-                branch[name] = _turned(named[key].detach().cpu().numpy(), True)
+                branch[name] = _turned(named[key].detach().cpu().numpy(), True).copy()
     return tree
 
 
@@ -123,11 +123,13 @@ def variables_of(net: nn.Module) -> dict:
 @contextlib.contextmanager
 def frozen(net: nn.Module):
     """Evaluation mode without gradients for the parameters, inside a `with` block."""
+    wanted = [p.requires_grad for p in net.parameters()]
     net.eval().requires_grad_(False)
     try:
         yield net
     finally:
-        net.requires_grad_(True)
+        for p, flag in zip(net.parameters(), wanted, strict=True):
+            p.requires_grad_(flag)
 
 
 def distillation(teacher, student, labels, weights) -> torch.Tensor:

@@ -159,7 +159,7 @@ def fit(
       before_epoch: `(state, epoch) -> state`, e.g. to refresh a Fisher; runs only where an epoch really begins.
       after_epoch: `(state, epoch) -> dict` of further scalars for the history.
       whole_epochs: one compiled call per epoch; by default on GPU and TPU. Checkpoints then fall on the ends of epochs.
-      history: one dict per epoch, the mean of every metric and what `after_epoch` adds.
+      history: one dict per epoch, its seconds, the mean of every metric and what `after_epoch` adds.
 
     Raises `UserError` at a loss that is not finite, naming step and last good checkpoint, which it leaves in place.
     """
@@ -183,9 +183,10 @@ def fit(
             else:
                 state, tally = run.by_steps(state, frozen, data, order, first, tally, history, bar)
             entry = tally.means() | (after_epoch(state, epoch) if after_epoch else {})
-            history = [*history, {"epoch": epoch + 1, "step": int(state.step), **entry}]
+            seconds = round(time.monotonic() - begun, 3)
+            history = [*history, {"epoch": epoch + 1, "step": int(state.step), "seconds": seconds, **entry}]
             if journal.scalars is not None:
-                journal.scalars.write(stage=journal.stage, seconds=round(time.monotonic() - begun, 3), **history[-1])
+                journal.scalars.write(stage=journal.stage, **history[-1])
             tally = Tally()
             if journal.keeper is not None and (whole or epoch + 1 == epochs):
                 run.save(state, history, tally)

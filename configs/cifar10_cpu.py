@@ -13,6 +13,7 @@ def get_config(attack: str = "badnets"):
     config.data.train_size = 20_000
     config.data.clean_size = 1000
     config.model.width = 16
+    config.attack.badnets.variant = "grid"  # a white square is lost on bright corners: 93 % ASR at this size
     config.model.stages = (1, 1, 1, 1)
     config.implant.epochs = 15
     config.implant.schedule = "one_cycle"

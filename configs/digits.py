@@ -10,7 +10,7 @@ def get_config(attack: str = "badnets"):
     """The demonstration; `configs/digits.py:blended` for another attack."""
     config = base.get_config()
     config.data.name = "digits"
-    config.data.clean_size = 200
+    config.data.clean_size = 300
     config.data.validation_size = 97
     config.data.padding = 1
     config.data.flip = False  # a mirrored 2 is no digit
@@ -24,8 +24,10 @@ def get_config(attack: str = "badnets"):
     config.implant.schedule = "one_cycle"
     config.defense.epochs = 30
     config.defense.batch_size = 50
-    config.defense.pgd.steps = 8
-    config.defense.pgd.step_size = 100.0
+    config.defense.learning_rate = 0.03
+    config.defense.pgd.steps = 5
+    config.defense.pgd.step_size = 150.0
     config.defense.pgd.epsilon = 500.0  # a quarter of an image's own length: digits have large margins
     config.defense.lambda_kd = 0.1
+    config.defense.lambda_iewc = 1.0
     return config

@@ -5,28 +5,45 @@ Eight CPU devices are there and work runs on one of them; tests about devices op
 
 import importlib
 import os
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from subprocess import PIPE
 from typing import NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # also for the programs that tests start
 if os.environ["JAX_PLATFORMS"] == "cpu":
     # Nearly all the time goes into compiling, of random numbers above all. This halves it and changes no result.
-    os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}".strip()
+    os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=2 {os.environ.get('XLA_FLAGS', '')}".strip()
 
 import jax
 import numpy as np
 import pytest
 
+from bibau_jax import attacks, data, keys, models, parallel, train
+from bibau_jax.data import ImageSet, splits
+
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 jax.config.update("jax_num_cpu_devices", 8)
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for `configs`, however pytest was started
 
-from bibau_jax import attacks, data, keys, models, parallel, train  # noqa: E402
-from bibau_jax.data import ImageSet, splits  # noqa: E402
-
+ROOT = Path(__file__).parents[1]
 DIGITS = {"num_classes": 10, "image_shape": (16, 16, 1), "mean": (0.305,), "std": (0.376,)}
+SMALL = {
+    "data.train_size": 200,
+    "data.clean_size": 40,
+    "data.validation_size": 20,
+    "model.width": 4,
+    "model.stages": (1,),
+    "implant.epochs": 1,
+    "implant.batch_size": 40,
+    "implant.clean_twin": "none",
+    "defense.epochs": 1,
+    "defense.batch_size": 20,
+    "defense.beside": "",
+    "defense.pgd.steps": 2,
+    "checkpoint_every": 2,
+}
 
 
 class Backdoored(NamedTuple):
@@ -100,27 +117,30 @@ def backdoored(digits) -> Backdoored:
     return Backdoored(classifier, jax.device_get(state.variables), attack, divided.clean, digits.test)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_config():
     """Settings of a whole run in seconds: `tiny_config({"defense.epochs": 2}, stages="implant")` is a plain dict."""
 
     def make(changes=None, **top) -> dict:
         config = importlib.import_module("configs.digits").get_config()
-        small = {
-            "data.train_size": 200,
-            "data.clean_size": 40,
-            "data.validation_size": 20,
-            "model.width": 4,
-            "model.stages": (1,),
-            "implant.epochs": 1,
-            "implant.batch_size": 40,
-            "defense.epochs": 1,
-            "defense.batch_size": 20,
-            "defense.beside": "",
-            "defense.pgd.steps": 2,
-            "checkpoint_every": 2,
-        }
-        config.update_from_flattened_dict(small | (changes or {}) | top)
+        config.update_from_flattened_dict(SMALL | (changes or {}) | top)
         return config.to_dict()
 
     return make
+
+
+@pytest.fixture
+def program():
+    """Starts the command in a process of its own, with the settings of `tiny_config` unless `flags` say otherwise."""
+    started = []
+
+    def start(*flags: str) -> subprocess.Popen:
+        small = [f"--config.{name}={value}" for name, value in SMALL.items()]
+        line = [sys.executable, "-m", "bibau_jax.main", f"--config={ROOT}/configs/digits.py", *small, *flags]
+        started.append(subprocess.Popen(line, cwd=ROOT, stdout=PIPE, stderr=PIPE, text=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()

@@ -1,0 +1,90 @@
+"""Writes tests/goldens anew from the code as it is: `python -m tests.regenerate`; look at what changed before keeping it."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bibau_jax import keys, models, parallel, train
+from bibau_jax.defenses import bibau
+
+FOLDER = Path(__file__).parent / "goldens"
+HOW = "if the change is meant: python -m tests.regenerate"
+
+
+def resnet18() -> dict[str, str]:
+    """Names and shapes of all variables of the full ResNet-18 for CIFAR-10."""
+    classifier = models.build("resnet18", num_classes=10, image_shape=(32, 32, 3))
+    shapes = jax.eval_shape(classifier.init, jax.random.key(0))
+    flat = jax.tree_util.tree_flatten_with_path(shapes)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): "x".join(map(str, leaf.shape)) for path, leaf in flat}
+
+
+def small_case():
+    """A network, two sets of variables and a batch, all drawn by NumPy."""
+    rng = np.random.default_rng(0)
+    classifier = models.build("resnet18", num_classes=4, image_shape=(16, 16, 1), width=4, stages=(1,), mean=(0.4,), std=(0.3,))
+    shapes = jax.eval_shape(classifier.init, jax.random.key(0))
+
+    def draw(leaf):
+        return rng.normal(0, 0.3, leaf.shape).astype(np.float32)
+
+    params = jax.tree.map(draw, shapes["params"])
+    statistics = jax.tree.map(lambda leaf: 0.5 + np.abs(draw(leaf)), shapes["batch_stats"])
+    moved = jax.tree.map(lambda leaf: leaf + 0.1 * draw(leaf), params)
+    images = rng.integers(0, 256, (8, 16, 16, 1)).astype(np.uint8)
+    return classifier, {"params": params, "batch_stats": statistics}, moved, images, rng.integers(0, 4, 8).astype(np.int32)
+
+
+def bibau_steps() -> dict[str, list[dict[str, float]]]:
+    """Every metric of three steps of BI-BAU, (U) and (T), with all four terms awake, and a sum over the parameters after."""
+    classifier, backdoored, moved, images, labels = small_case()
+    optimizer = train.sgd(optax.constant_schedule(0.02), momentum=0.9, weight_decay=5e-4)
+    weights = bibau.Weights(1.0, 1.0, 1.0, 0.5, 0.5, 4.0, 0.5, "cosine", 1e4, "clip")
+    found = {}
+    for mode, target in (("untargeted", None), ("targeted", 1)):
+
+        @jax.jit
+        def step(state, key, target=target):
+            return bibau.step(
+                state,
+                {"backdoored": backdoored},
+                {"images": jnp.asarray(images), "labels": jnp.asarray(labels)},
+                key,
+                classifier=classifier,
+                optimizer=optimizer,
+                target=target,
+                weights=weights,
+                perturbation=bibau.Perturbation("l2", 100.0, 40.0, 3),
+                padding=0,
+                flip=False,
+            )
+
+        state = bibau._first_state(backdoored, optimizer)
+        ones = jax.tree.map(jnp.ones_like, state.params)
+        state = state.replace(params=jax.tree.map(jnp.asarray, moved), fisher_clean=ones, fisher_unlearning=ones)
+        found[mode] = []
+        for number in range(3):
+            state, metrics = step(state, keys.stream(keys.root(0), "step", number))
+            size = sum(float(jnp.abs(leaf).sum()) for leaf in jax.tree.leaves(state.variables))
+            found[mode].append({name: float(value) for name, value in sorted(metrics.items())} | {"size": size})
+    return found
+
+
+def main() -> None:
+    """Writes every golden file."""
+    FOLDER.mkdir(exist_ok=True)
+    with parallel.on_devices(1):
+        for name, make in (("resnet18", resnet18), ("bibau", bibau_steps)):
+            (FOLDER / f"{name}.json").write_text(json.dumps(make(), indent=1) + "\n")
+            print(f"wrote {FOLDER / name}.json")
+
+
+if __name__ == "__main__":
+    main()

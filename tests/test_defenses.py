@@ -1,0 +1,186 @@
+"""What holds for every defence there is, on the digits and a small network with a backdoor."""
+
+import inspect
+
+import jax
+import numpy as np
+import pytest
+
+from bibau_jax import defenses, keys, train
+from bibau_jax.data import ImageSet
+from bibau_jax.defenses.bibau import Perturbation
+from bibau_jax.errors import UserError
+
+EVERY = pytest.mark.parametrize("name", defenses.names())
+# Quick rather than good: a few large steps, the learning rate the same whatever the number of epochs.
+QUICK = {
+    "epochs": 8,
+    "batch_size": 50,
+    "learning_rate": 0.03,
+    "schedule": "constant",
+    "momentum": 0.9,
+    "weight_decay": 5e-4,
+    "max_grad_norm": 2.0,
+    "padding": 1,
+    "flip": False,
+    "pgd": Perturbation("l2", 300.0, 120.0, 3),
+    "fisher_chunk": 50,
+    "target_label": 0,
+}
+
+
+def purify(name, backdoored, clean=None, seed=0, **options):
+    fn = defenses.get(name).purify
+    known = inspect.signature(fn).parameters
+    options = {option: value for option, value in (QUICK | options).items() if option in known}
+    clean = backdoored.clean if clean is None else clean
+    return fn(keys.root(seed), backdoored.classifier, backdoored.variables, clean, **options)
+
+
+@pytest.fixture(scope="module")
+def purified(backdoored):
+    """What a defence makes of the small network; each is run once."""
+    done = {}
+
+    def get(name):
+        if name not in done:
+            done[name] = purify(name, backdoored, held_out=backdoored.test.take(slice(60)))
+        return done[name]
+
+    return get
+
+
+def equal(a, b) -> bool:
+    return all(jax.tree.leaves(jax.tree.map(lambda x, y: np.array_equal(x, y), a, b)))
+
+
+def test_the_small_network_has_a_backdoor(backdoored):
+    clean_accuracy, attack_success_rate = backdoored.rates(backdoored.variables)
+    assert clean_accuracy > 0.93 and attack_success_rate > 0.95
+
+
+@EVERY
+def test_it_keeps_most_of_the_clean_accuracy(name, purified, backdoored):
+    assert backdoored.rates(purified(name).variables)[0] > 0.6
+
+
+@pytest.mark.parametrize("name", ["base_at", "bibau_t", "bibau_u"])
+def test_it_takes_the_backdoor_away_where_doing_nothing_leaves_it(name, purified, backdoored):
+    assert backdoored.rates(purified(name).variables)[1] < 0.1 < backdoored.rates(backdoored.variables)[1]
+
+
+@EVERY
+def test_everything_it_gives_back_is_finite_and_of_the_networks_shapes(name, purified, backdoored):
+    result = purified(name)
+    assert jax.tree.structure(result.variables) == jax.tree.structure(backdoored.variables)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.variables))
+    assert all(np.isfinite(value) for entry in result.history for value in entry.values())
+
+
+@EVERY
+def test_its_history_has_every_epoch_and_the_accuracy_on_held_out_images(name, purified, backdoored):
+    result = purified(name)
+    assert [(entry["epoch"], entry["step"]) for entry in result.history] == [(n, 4 * n) for n in range(1, 9)]
+    held_out = backdoored.test.take(slice(60))
+    expected = train.accuracy(backdoored.classifier, result.variables, held_out.images, held_out.labels)
+    assert result.history[-1]["held_out_accuracy"] == expected
+
+
+@EVERY
+def test_the_suspicious_model_stays_as_it_is_while_everything_in_the_purified_one_moves(name, purified, backdoored):
+    before = jax.tree.map(np.array, backdoored.variables)
+    placed = jax.device_put(before)  # arrays on the device could be donated, those of the host could not
+    short = purify(name, backdoored._replace(variables=placed), epochs=1)
+    assert equal(jax.device_get(placed), before)
+    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), short.variables, before)
+    assert all(jax.tree.leaves(moved))
+
+
+@EVERY
+def test_the_same_key_gives_the_same_epochs(name, purified, backdoored):
+    first, again = purified(name), purify(name, backdoored, epochs=1, held_out=backdoored.test.take(slice(60)))
+    for metric in first.history[0].keys() - {"seconds"}:
+        assert again.history[0][metric] == first.history[0][metric], metric
+
+
+def test_another_key_gives_other_batches(purified, backdoored):
+    assert purify("ft", backdoored, seed=1, epochs=1).history[0]["loss"] != purified("ft").history[0]["loss"]
+
+
+@EVERY
+def test_nothing_of_the_attack_is_asked_for(name):
+    parameters = inspect.signature(defenses.get(name).purify).parameters
+    assert list(parameters)[:4] == ["key", "classifier", "variables", "clean"]
+    assert not {"attack", "trigger", "stamp", "poisoned", "test", "aim"} & set(parameters)
+    assert all(p.default is not p.empty for p in parameters.values() if p.kind is p.KEYWORD_ONLY)
+
+
+@pytest.mark.parametrize("name", ["base_at", "bibau_t", "bibau_u"])
+def test_samples_are_adversarial_images_of_clean_ones_within_the_bound(name, purified, backdoored):
+    samples = purified(name).samples
+    originals = backdoored.clean.take(samples["rows"])
+    assert samples["adversarial"].dtype == np.uint8 and len(samples["rows"]) == 8
+    distance = np.sqrt(((samples["adversarial"].astype(float) - originals.images) ** 2).sum((1, 2, 3)))
+    assert (distance > 50).all() and (distance <= 300 + 8).all()  # half a grey level a pixel is rounding
+    if name == "bibau_t":
+        assert (originals.labels != 0).all()
+
+
+# --- what is refused
+
+
+@EVERY
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda c: c.take(slice(0)), "the defender's clean set is empty"),
+        (
+            lambda c: ImageSet(c.images[:, :12], c.labels, c.ids),
+            r"clean images are \[12, 16, 1\], the network takes \[16, 16, 1\]",
+        ),
+        (lambda c: ImageSet(c.images, c.labels + 1, c.ids), "labels of the clean set lie outside the network's 10 classes"),
+        (lambda c: ImageSet(c.images, c.labels - 1, c.ids), "labels of the clean set lie outside the network's 10 classes"),
+    ],
+)
+def test_a_clean_set_that_does_not_fit_is_refused(name, change, words, backdoored):
+    with pytest.raises(UserError, match=words):
+        purify(name, backdoored, clean=change(backdoored.clean))
+
+
+@EVERY
+def test_an_unknown_schedule_is_refused(name, backdoored):
+    with pytest.raises(UserError, match='schedule "cosin" is unknown'):
+        purify(name, backdoored, schedule="cosin")
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"ablation": "A"}, r'ablation "A" is unknown; choose one of base_at, \+A, \+B, \+A\+B'),
+        ({"pgd": Perturbation(norm="l1")}, 'pgd.norm "l1" is unknown; choose one of l2, linf'),
+        ({"pgd": Perturbation(start="one")}, 'pgd.start "one" is unknown; choose one of zero, random'),
+        ({"prior_form": "angle"}, 'prior_form "angle" is unknown; choose one of cosine, inner'),
+        ({"iewc_form": "log"}, 'iewc_form "log" is unknown; choose one of clip, neg_log, hinge'),
+        ({"unlearning_labels": "false"}, 'unlearning_labels "false" is unknown; choose one of predicted, true'),
+        ({"fisher_refresh": "step"}, 'fisher_refresh "step" is unknown; choose one of never, epoch'),
+        ({"pgd": Perturbation(epsilon=0.0)}, "pgd.epsilon and pgd.step_size must be positive"),
+        ({"pgd": Perturbation(step_size=-1.0)}, "pgd.epsilon and pgd.step_size must be positive"),
+        ({"pgd": Perturbation(steps=-1)}, "pgd.steps at least 0"),
+        ({"iewc_cap": 0.0}, "iewc_cap must be positive"),
+        ({"eta": 1.5}, "eta within 0..1"),
+    ],
+)
+def test_bibau_refuses_settings_that_mean_nothing(options, words, backdoored):
+    with pytest.raises(UserError, match=words):
+        purify("bibau_u", backdoored, **options)
+
+
+def test_a_target_outside_the_classes_is_refused_in_targeted_mode_alone(backdoored):
+    with pytest.raises(UserError, match=r"target label 10 is outside the 10 classes 0\.\.9"):
+        purify("bibau_t", backdoored, target_label=10)
+
+
+@pytest.mark.parametrize("name", ["bibau", "protocol", "ibau"])
+def test_an_unknown_defence_is_refused_with_the_known_ones(name):
+    with pytest.raises(UserError, match=f'unknown defence "{name}"; known: base_at, bibau_t, bibau_u, ft'):
+        defenses.get(name)
