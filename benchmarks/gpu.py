@@ -8,8 +8,8 @@ Seconds are those of one whole `purify` call (Fisher diagonals, every epoch, the
 as tracing, lowering and compiling within it. FLOPs are counted analytically: two per multiply-add of the convolutions and
 the head, a gradient with respect to images as one forward pass more and with respect to parameters as two, nothing for
 norms and optimiser; the record has XLA's own count of a forward pass beside ours (it leaves out products with padding). The
-share of the card is of the rate of a large bfloat16 matrix product measured in the same call. The twin runs in bfloat16 autocast, channels-last, under torch.compile;
-its epochs are timed after a warm-up and scaled to the number of epochs.
+share of the card is of the rate of a large bfloat16 matrix product, measured in the same call. The twin runs in bfloat16
+autocast, channels-last, under torch.compile; its epochs are timed after a warm-up and scaled to the number of epochs.
 """
 
 import argparse

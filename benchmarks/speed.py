@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="PGD steps")
     parser.add_argument("--norm", choices=("l2", "linf"), default="l2")
     parser.add_argument("--only", nargs="+", choices=WORKS, default=WORKS, help="what to measure")
-    parser.add_argument("--rounds", type=int, default=5, help="timed calls of everything")
+    parser.add_argument("--rounds", type=int, default=3, help="timed calls of everything")
     parser.add_argument("--threads", type=int, default=2, help="PyTorch's threads; XLA takes every core it may run on")
     args = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):  # must come before XLA starts its threads

@@ -112,7 +112,7 @@ def run(config: dict, folder: str, command: str = "") -> records.Record | None:
     distributed = config["distributed"]
     parallel.connect(distributed["coordinator"], distributed["processes"], distributed["process"])
     this = Run(config, Path(folder).expanduser().absolute())
-    _check(this)
+    _check(this, wanted)
     workdir.claim(folder, config)
     for stage in wanted:
         {"implant": implant, "purify": purify, "evaluate": evaluate, "report": write_report}[stage](this, command)
@@ -120,7 +120,7 @@ def run(config: dict, folder: str, command: str = "") -> records.Record | None:
     return records.read(path) if path.exists() else None
 
 
-def _check(this: Run) -> None:
+def _check(this: Run, wanted: list[str]) -> None:
     """Everything that can be wrong with the settings, before anything is written or computed."""
     config = this.config
     models.check(config["model"]["name"])
@@ -140,23 +140,25 @@ def _check(this: Run) -> None:
     attacks.protocol.choose(
         this.key, np.arange(len(this.splits.train)), config["attack"]["poison_ratio"], len(this.splits.train)
     )
+    if "implant" in wanted and config["implant"]["reuse"]:
+        _same_model(this, config["implant"]["reuse"], (*IMPLANT_PARTS, "attack", "implant"), "implant.reuse")
+    if "implant" in wanted and config["implant"]["clean_twin"] not in ("train", "none"):
+        _same_model(this, config["implant"]["clean_twin"], (*IMPLANT_PARTS, "implant"), "implant.clean_twin")
 
 
 # --- implant
 
 
 def implant(this: Run, command: str) -> None:
-    """Trains the backdoored model on the poisoned set, and its clean twin on the same images without poison."""
+    """Trains the backdoored model on the poisoned set, and its clean twin on the same images without poison.
+
+    Neither where it is taken from another run.
+    """
     section = this.config["implant"]
-    other = section["reuse"]
-    if other:
-        _same_model(this, other, (*IMPLANT_PARTS, "attack", "implant"), "implant.reuse")
-    else:
+    if not section["reuse"]:
         _train_model(this, "implant", command, poisoned=True)
     if section["clean_twin"] == "train":
         _train_model(this, "clean", command, poisoned=False)
-    elif section["clean_twin"] != "none":
-        _same_model(this, section["clean_twin"], (*IMPLANT_PARTS, "implant"), "implant.clean_twin")
 
 
 def _train_model(this: Run, stage: str, command: str, *, poisoned: bool) -> None:

@@ -22,6 +22,8 @@ def fail(message) -> None:
 
 def parse(argv: list[str]) -> list[str]:
     """Reads the flags; what is wrong with them, or with the config file, ends the program in one line."""
+    # The settings can only be overridden once their file is read, so that comes first wherever it was written.
+    sys.argv[1:] = argv[1:] = sorted(argv[1:], key=lambda flag: not flag.lstrip("-").startswith("config="))
     try:
         rest = flags.FLAGS(argv)
         # A config file that failed to load raises only when it is looked at.

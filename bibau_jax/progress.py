@@ -41,6 +41,8 @@ class Bar:
         return (self._done - done) / max(time.perf_counter() - since, 1e-9)
 
     def _status(self) -> str:
+        if self._first is None and not self._ended.is_set():
+            return f"starting (compiling), {_duration(time.perf_counter() - self._begin)} so far"
         rate = self._rate()
         parts = [f"{rate:.3g} {self._unit}/s"]
         if rate and self._done < self._total and not self._ended.is_set():
@@ -60,7 +62,7 @@ class Bar:
                 continue
             else:
                 share = f" ({100 * self._done / self._total:.0f} %)" if self._total else ""
-                _print(f"{self._label}: {self._done}/{self._total} {self._unit}{share}, {self._status()}")
+                _print(f"{self._label}: {self._done}/{self._total} {self._unit}s{share}, {self._status()}")
                 wait, _last_line = _LINE_SECONDS, now
             self._printed = True
 
@@ -76,7 +78,7 @@ class Bar:
             _leave_screen(self._task)
         if self._printed:
             seconds = time.perf_counter() - self._begin
-            count = f"{self._done - self._start} {self._unit}" + (f" from {self._start}" if self._start else "")
+            count = f"{self._done - self._start} {self._unit}s" + (f" from {self._start}" if self._start else "")
             short = f" (stopped at {self._done}/{self._total})" if self._done < self._total else ""
             _print(f"{self._label}: {count} in {_duration(seconds)}{short}, {self._status()}")
 
@@ -129,7 +131,7 @@ def _take_screen():
     from rich.console import Console
 
     if _screen is None:
-        text = ("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}", "{task.fields[status]}")
+        text = ("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}s", "{task.fields[status]}")
         label, *rest = (progress.TextColumn(part, markup=False) for part in ("{task.description}", *text))
         columns = (label, progress.BarColumn(20), *rest)
         _screen = progress.Progress(*columns, console=Console(stderr=True), transient=True)

@@ -100,10 +100,10 @@ def tiny_variables(tiny) -> dict:
 
 @pytest.fixture(scope="session")
 def backdoored(digits) -> Backdoored:
-    classifier = models.build("resnet18", width=8, stages=(1, 1), **DIGITS)
+    classifier = models.build("resnet18", width=16, stages=(1,), **DIGITS)
     attack = attacks.get("badnets").make(keys.root(1), num_classes=10)
     poisoned = attack.poison(digits.train)
-    optimizer = train.sgd(train.learning_rate_schedule("one_cycle", 0.1, 300), momentum=0.9, weight_decay=5e-4)
+    optimizer = train.sgd(train.learning_rate_schedule("one_cycle", 0.2, 300), momentum=0.9, weight_decay=5e-4)
     prepare = partial(train.augmented, padding=1, flip=False)
     state, _ = train.fit(
         partial(train.train_step, classifier=classifier, optimizer=optimizer, prepare=prepare),

@@ -61,14 +61,14 @@ def bibau_steps() -> dict[str, list[dict[str, float]]]:
                 optimizer=optimizer,
                 target=target,
                 weights=weights,
-                perturbation=bibau.Perturbation("l2", 100.0, 40.0, 3),
+                perturbation=bibau.Perturbation("l2", 100.0, 60.0, 2),
                 padding=0,
                 flip=False,
             )
 
         state = bibau._first_state(backdoored, optimizer)
         ones = jax.tree.map(jnp.ones_like, state.params)
-        state = state.replace(params=jax.tree.map(jnp.asarray, moved), fisher_clean=ones, fisher_unlearning=ones)
+        state = parallel.replicate(state.replace(params=moved, fisher_clean=ones, fisher_unlearning=ones))
         found[mode] = []
         for number in range(3):
             state, metrics = step(state, keys.stream(keys.root(0), "step", number))

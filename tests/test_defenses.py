@@ -1,6 +1,7 @@
 """What holds for every defence there is, on the digits and a small network with a backdoor."""
 
 import inspect
+from functools import cache
 
 import jax
 import numpy as np
@@ -12,18 +13,18 @@ from bibau_jax.defenses.bibau import Perturbation
 from bibau_jax.errors import UserError
 
 EVERY = pytest.mark.parametrize("name", defenses.names())
-# Quick rather than good: a few large steps, the learning rate the same whatever the number of epochs.
+# Quick rather than good: few, large steps.
 QUICK = {
     "epochs": 8,
     "batch_size": 50,
-    "learning_rate": 0.03,
-    "schedule": "constant",
+    "learning_rate": 0.05,
+    "schedule": "cosine",
     "momentum": 0.9,
     "weight_decay": 5e-4,
     "max_grad_norm": 2.0,
     "padding": 1,
     "flip": False,
-    "pgd": Perturbation("l2", 300.0, 120.0, 3),
+    "pgd": Perturbation("l2", 400.0, 200.0, 2),
     "fisher_chunk": 50,
     "target_label": 0,
 }
@@ -40,18 +41,11 @@ def purify(name, backdoored, clean=None, seed=0, **options):
 @pytest.fixture(scope="module")
 def purified(backdoored):
     """What a defence makes of the small network; each is run once."""
-    done = {}
-
-    def get(name):
-        if name not in done:
-            done[name] = purify(name, backdoored, held_out=backdoored.test.take(slice(60)))
-        return done[name]
-
-    return get
+    return cache(lambda name: purify(name, backdoored, held_out=backdoored.test.take(slice(60))))
 
 
 def equal(a, b) -> bool:
-    return all(jax.tree.leaves(jax.tree.map(lambda x, y: np.array_equal(x, y), a, b)))
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
 
 
 def test_the_small_network_has_a_backdoor(backdoored):
@@ -87,24 +81,24 @@ def test_its_history_has_every_epoch_and_the_accuracy_on_held_out_images(name, p
 
 
 @EVERY
-def test_the_suspicious_model_stays_as_it_is_while_everything_in_the_purified_one_moves(name, purified, backdoored):
-    before = jax.tree.map(np.array, backdoored.variables)
+def test_the_same_key_gives_the_same_model_and_the_suspicious_one_stays_as_it_is(name, purified, backdoored):
+    first, before = purified(name), jax.tree.map(np.array, backdoored.variables)
     placed = jax.device_put(before)  # arrays on the device could be donated, those of the host could not
-    short = purify(name, backdoored._replace(variables=placed), epochs=1)
+    again = purify(name, backdoored._replace(variables=placed), held_out=backdoored.test.take(slice(60)))
     assert equal(jax.device_get(placed), before)
-    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), short.variables, before)
-    assert all(jax.tree.leaves(moved))
+    assert equal(again.variables, first.variables)
+    for one, other in zip(again.history, first.history, strict=True):
+        assert one | {"seconds": 0} == other | {"seconds": 0}
 
 
 @EVERY
-def test_the_same_key_gives_the_same_epochs(name, purified, backdoored):
-    first, again = purified(name), purify(name, backdoored, epochs=1, held_out=backdoored.test.take(slice(60)))
-    for metric in first.history[0].keys() - {"seconds"}:
-        assert again.history[0][metric] == first.history[0][metric], metric
+def test_every_parameter_and_running_statistic_of_the_purified_model_has_moved(name, purified, backdoored):
+    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), purified(name).variables, backdoored.variables)
+    assert all(jax.tree.leaves(moved))
 
 
 def test_another_key_gives_other_batches(purified, backdoored):
-    assert purify("ft", backdoored, seed=1, epochs=1).history[0]["loss"] != purified("ft").history[0]["loss"]
+    assert purify("ft", backdoored, seed=1).history[0]["loss"] != purified("ft").history[0]["loss"]
 
 
 @EVERY
@@ -121,7 +115,7 @@ def test_samples_are_adversarial_images_of_clean_ones_within_the_bound(name, pur
     originals = backdoored.clean.take(samples["rows"])
     assert samples["adversarial"].dtype == np.uint8 and len(samples["rows"]) == 8
     distance = np.sqrt(((samples["adversarial"].astype(float) - originals.images) ** 2).sum((1, 2, 3)))
-    assert (distance > 50).all() and (distance <= 300 + 8).all()  # half a grey level a pixel is rounding
+    assert (distance > 50).all() and (distance <= 400 + 8).all()  # half a grey level a pixel is rounding
     if name == "bibau_t":
         assert (originals.labels != 0).all()
 

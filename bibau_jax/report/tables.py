@@ -278,14 +278,33 @@ def write(folder, out) -> tuple[list[Path], list[str]]:
     return [page, data], broken
 
 
+def insert(readme, out) -> None:
+    """Puts the summary of `<out>.json` between `<!-- results NAME -->` and `<!-- /results -->` of a Markdown file.
+
+    NAME is the last part of `out`. Raises UserError where the markers are missing.
+    """
+    page, out = Path(readme), Path(out)
+    text, opening = page.read_text(encoding="utf-8"), f"<!-- results {out.name} -->"
+    start = text.find(opening)
+    end = text.find("<!-- /results -->", start)
+    if start < 0 or end < 0:
+        raise UserError(f"{readme} has no text between {opening} and <!-- /results -->")
+    table = _summary_table(json.loads(Path(f"{out}.json").read_text(encoding="utf-8"))["summary"])
+    page.write_text(f"{text[: start + len(opening)]}\n{table}{text[end:]}", encoding="utf-8")
+
+
 def main(arguments=None) -> int:
     """The command line: returns 0, or 1 where a record could not be read (each is named on stderr)."""
     parser = argparse.ArgumentParser(prog="python -m bibau_jax.report.tables", description="Results from records.")
     parser.add_argument("records", help="folder with record files (*.json), searched recursively")
     parser.add_argument("--out", required=True, help="path of the results without suffix, e.g. results/cifar10_cpu")
+    parser.add_argument("--readme", help="a Markdown file to put the summary into, between its result markers")
     flags = parser.parse_args(arguments)
     try:
         written, broken = write(flags.records, flags.out)
+        if flags.readme:
+            insert(flags.readme, flags.out)
+            written.append(Path(flags.readme))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,0 +1,272 @@
+"""Whole runs on a few digits: what is left on disk, what is done again, what is shared, and what is refused."""
+
+import dataclasses
+import json
+import shutil
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bibau_jax import attacks, checkpoint, experiment, keys, records, workdir
+from bibau_jax.attacks import badnets
+from bibau_jax.data import splits
+from bibau_jax.errors import UserError
+
+WITH_ALL = {"implant.clean_twin": "train", "defense.beside": "ft"}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_config, tmp_path_factory):
+    """A run of all stages, with a clean twin and a second defence: (config, folder, record)."""
+    config, folder = tiny_config(WITH_ALL), tmp_path_factory.mktemp("runs") / "finished"
+    return config, folder, experiment.run(config, str(folder), "the command")
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """The same, to be changed: (config, folder, record)."""
+    config, folder, record = finished
+    shutil.copytree(folder, tmp_path / "run")
+    return config, tmp_path / "run", record
+
+
+def snapshot(folder) -> dict:
+    """Bytes and time of every file."""
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+def model(folder, stage) -> str:
+    """The digest of a stage's parameters."""
+    return checkpoint.load(folder / stage / "model")[1]["sha256"]
+
+
+# --- what a run leaves
+
+
+def test_the_record_holds_what_is_needed_to_trust_and_repeat_the_run(finished, digits):
+    config, folder, record = finished
+    entry = json.loads((folder / "record.json").read_text())
+    assert workdir.differences(entry["config"], config, ignore=()) == []
+    assert entry["seed"] == 0 and entry["command"] == "the command"
+    assert entry["versions"]["jax"] == jax.__version__ and {"python", "flax", "numpy"} <= entry["versions"].keys()
+    assert entry["device"]["platform"] == jax.default_backend() and entry["device"]["processes"] == 1
+    assert entry["stages"].keys() == {"implant", "clean", "purify/bibau_u", "purify/ft", "evaluate"}
+    assert all(stage["seconds"] > 0 and stage["peak_memory_mb"] > 0 for stage in entry["stages"].values())
+    others = int(np.sum(digits.test.labels != 0))
+    assert {name: row["defense"] for name, row in entry["metrics"].items()} == {
+        "backdoored": "none",
+        "clean": "clean",
+        "purified": "bibau_u",
+        "finetuned": "ft",
+    }
+    for row in entry["metrics"].values():
+        assert [row["counts"][rate][1] for rate in ("ca", "asr", "robust_accuracy")] == [500, others, others]
+        assert all(0 <= row[rate] <= 100 for rate in ("ca", "asr", "robust_accuracy"))
+        assert row["seconds"] > 0
+    assert record == records.read(folder / "record.json")
+
+
+def test_every_file_of_the_run_is_there_and_no_checkpoint_is_left(finished):
+    _, folder, _ = finished
+    for name in ("config.json", "report.html", "metrics.jsonl", "strip.npz", "implant/poison.npz"):
+        assert (folder / name).is_file(), name
+    assert not [path for path in folder.rglob("*") if path.name.startswith(".") or path.name.endswith(".part")]
+    assert not list(folder.rglob("checkpoints/*"))
+    stages = [line["stage"] for line in records.read_lines(folder / "metrics.jsonl")]
+    assert stages == ["implant", "clean", "purify/bibau_u", "purify/ft"]
+    assert "BI-BAU" in (folder / "report.html").read_text()
+
+
+def test_the_poisoned_samples_can_be_found_again(finished, digits):
+    config, folder, _ = finished
+    flags = np.load(folder / "implant" / "poison.npz")
+    assert flags["poisoned"].sum() == round(0.1 * 200) and len(flags["ids"]) == 200
+    at = {image: place for place, image in enumerate(digits.train.ids.tolist())}
+    rows = [at[image] for image in flags["ids"].tolist()]
+    np.testing.assert_array_equal(digits.train.labels[rows], flags["original_labels"])
+    assert (flags["labels"][flags["poisoned"]] == 0).all()
+
+
+def test_the_strip_shows_images_of_the_defender_and_what_the_models_see(finished, digits):
+    config, folder, _ = finished
+    strip = np.load(folder / "strip.npz")
+    divided = splits.divide(keys.stream(keys.root(0), "data"), digits.train, train_size=200, clean_size=40, validation_size=20)
+    mine = {image.tobytes(): label for image, label in zip(divided.clean.images, divided.clean.labels, strict=True)}
+    for image, label in zip(strip["clean"], strip["labels"], strict=True):
+        assert mine[image.tobytes()] == label
+    assert strip["adversarial"].shape == strip["triggered"].shape == strip["clean"].shape
+    assert (strip["triggered"][:, -3:, -3:] == 255).all()
+    assert {"clean_by_backdoored", "clean_by_purified", "triggered_by_purified", "class_names"} <= set(strip.files)
+
+
+def test_the_twin_is_trained_on_the_same_images_in_the_same_order_without_poison(finished, tiny_config, tmp_path):
+    """With next to no poison the backdoored model comes close to the twin; the poison is all that tells them apart."""
+    _, folder, _ = finished
+    experiment.run(tiny_config({"attack.poison_ratio": 0.005}, stages="implant"), str(tmp_path / "run"))
+    twin, full, little = (
+        checkpoint.load(place)[0]["variables"]["params"]["head"]["kernel"]
+        for place in (folder / "clean" / "model", folder / "implant" / "model", tmp_path / "run" / "implant" / "model")
+    )
+    assert 0 < np.linalg.norm(little - twin) < 0.5 * np.linalg.norm(full - twin)
+
+
+# --- what is done again
+
+
+def test_a_second_start_changes_no_file(copy):
+    config, folder, record = copy
+    before = snapshot(folder)
+    assert experiment.run(config, str(folder), "another command") == record
+    after = snapshot(folder)
+    assert {path: file[0] for path, file in after.items()} == {path: file[0] for path, file in before.items()}
+    # The page is made anew from the record each time, and comes out the same.
+    assert {path.name for path in after if after[path] != before[path]} <= {"report.html"}
+
+
+def test_stages_one_at_a_time_give_the_same_models_as_all_at_once(finished, tiny_config, tmp_path):
+    _, folder, record = finished
+    for stage in experiment.STAGES:
+        last = experiment.run(tiny_config(WITH_ALL, stages=stage), str(tmp_path / "run"))
+    for stage in ("implant", "clean", "purify/bibau_u", "purify/ft"):
+        assert model(tmp_path / "run", stage) == model(folder, stage)
+    assert {name: dataclasses.replace(row, seconds=0) for name, row in last.metrics.items()} == {
+        name: dataclasses.replace(row, seconds=0) for name, row in record.metrics.items()
+    }
+
+
+def test_a_defence_that_is_added_later_only_adds(copy, tiny_config):
+    _, folder, record = copy
+    before = snapshot(folder)
+    both = experiment.run(tiny_config(WITH_ALL | {"defense.beside": "ft,base_at"}), str(folder))
+    after = snapshot(folder)
+    kept = {path for path in before if path.parent != folder}
+    assert kept and all(after[path] == before[path] for path in kept)
+    assert both.metrics.keys() - record.metrics.keys() == {"base_at"}
+    assert {name: both.metrics[name] for name in record.metrics} == record.metrics
+    assert both.stages["implant"] == record.stages["implant"]
+
+
+def test_a_resumed_stage_costs_what_it_took_before_it_was_cut_off_too(tiny_config, tmp_path, monkeypatch):
+    config = tiny_config({"implant.epochs": 4}, stages="implant")
+    real, saves = checkpoint.Keeper.save, []
+
+    def save(keeper, step, tree, info):
+        real(keeper, step, tree, info | {"history": [entry | {"seconds": 1000.0} for entry in info["history"]]})
+        saves.append(step)
+        if step == 16:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.Keeper, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        experiment.run(config, str(tmp_path / "run"))
+    monkeypatch.undo()
+    record = experiment.run(config, str(tmp_path / "run"))
+    assert saves[-1] == 16 and 3000 < record.stages["implant"].seconds < 3100
+
+
+# --- what is shared between runs
+
+
+def test_the_backdoored_model_and_the_twin_of_another_run_can_be_taken(finished, tiny_config, tmp_path):
+    _, folder, record = finished
+    taken = {"implant.reuse": str(folder), "implant.clean_twin": str(folder), "defense.eta": 0.25}
+    found = experiment.run(tiny_config(taken), str(tmp_path / "run"))
+    assert not (tmp_path / "run" / "implant").exists() and not (tmp_path / "run" / "clean").exists()
+    for name in ("backdoored", "clean"):
+        assert found.metrics[name] == record.metrics[name]
+    assert model(tmp_path / "run", "purify/bibau_u") != model(folder, "purify/bibau_u")
+
+
+@pytest.mark.parametrize(
+    "setting, change, words",
+    [
+        ("reuse", {"implant.epochs": 2}, "implant.epochs: 1 -> 2"),
+        ("reuse", {"attack.poison_ratio": 0.2}, "attack.poison_ratio: 0.1 -> 0.2"),
+        ("clean_twin", {"seed": 3}, "seed: 0 -> 3"),
+        ("clean_twin", {"data.train_size": 199}, "data.train_size: 200 -> 199"),
+    ],
+)
+def test_a_model_of_other_settings_is_not_taken(finished, tiny_config, tmp_path, setting, change, words):
+    _, folder, _ = finished
+    with pytest.raises(UserError, match=f"implant.{setting}=.* was trained with other settings .*{words}"):
+        experiment.run(tiny_config({f"implant.{setting}": str(folder)} | change), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()  # found out before anything was trained
+
+
+def test_the_twin_may_be_shared_among_attacks(finished, tiny_config, tmp_path):
+    _, folder, _ = finished
+    config = tiny_config({"attack.name": "blended", "implant.clean_twin": str(folder)}, stages="implant")
+    experiment.run(config, str(tmp_path / "run"))
+    assert (tmp_path / "run" / "implant" / "model").exists() and not (tmp_path / "run" / "clean").exists()
+
+
+def test_a_model_that_is_not_there_is_named(tiny_config, tmp_path):
+    with pytest.raises(UserError, match='run has no finished "implant" model; run that stage first'):
+        experiment.run(tiny_config(stages="purify"), str(tmp_path / "run"))
+    with pytest.raises(UserError, match="nowhere/config.json cannot be read as a run's config"):
+        experiment.run(tiny_config({"implant.reuse": str(tmp_path / "nowhere")}), str(tmp_path / "other"))
+    with pytest.raises(UserError, match='has no measurements yet; run the stage "evaluate" first'):
+        experiment.run(tiny_config(stages="report"), str(tmp_path / "run2"))
+
+
+# --- what is refused
+
+
+def test_the_folder_of_another_config_is_refused_with_the_difference_and_stays_as_it_is(copy, tiny_config):
+    _, folder, _ = copy
+    before = snapshot(folder)
+    with pytest.raises(UserError, match=r"holds a run of another config \(defense.eta: 0.5 -> 0.1; seed: 0 -> 4\)"):
+        experiment.run(tiny_config(WITH_ALL | {"seed": 4, "defense.eta": 0.1}), str(folder))
+    assert snapshot(folder) == before
+
+
+def test_the_defence_may_still_change_until_something_was_purified(copy, tiny_config):
+    _, folder, _ = copy
+    shutil.rmtree(folder / "purify")
+    changed = tiny_config(WITH_ALL | {"defense.eta": 0.1}, stages="implant")
+    experiment.run(changed, str(folder))
+    assert workdir.read_config(folder)["defense"]["eta"] == 0.1
+    with pytest.raises(UserError, match=r"another config \(implant.epochs: 1 -> 2\)"):
+        experiment.run(tiny_config(WITH_ALL | {"implant.epochs": 2}), str(folder))
+
+
+def test_what_does_not_change_results_may_differ(copy, tiny_config):
+    _, folder, record = copy
+    free = {"checkpoint_every": 50, "data.download": False, "data.data_dir": "/elsewhere"}
+    assert experiment.run(tiny_config(WITH_ALL | free, stages="evaluate"), str(folder)).metrics == record.metrics
+
+
+def test_a_folder_that_is_no_run_is_refused_and_stays_as_it_is(tiny_config, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="exists and is not a run of this program; choose another --workdir"):
+        experiment.run(tiny_config(), str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+# --- an attack that takes a hand in training
+
+
+def test_what_an_attack_learns_while_implanting_is_what_it_stamps_at_the_test(tiny_config, tmp_path, monkeypatch):
+    def make(key, **options):
+        def finish(attack, extra):
+            shade = int(extra["shade"])
+            return dataclasses.replace(attack, stamp=lambda x, index: np.minimum(x, 255 - shade) + np.uint8(shade))
+
+        def prepare(extra, batch, key):
+            return batch["images"] + extra["shade"], batch["labels"], 0.01 * (extra["shade"] - 60.0) ** 2
+
+        init = {"shade": jnp.float32(10.0)}
+        control = attacks.Control(lambda key, split, journal: init, prepare, finish, optax.sgd(10.0))
+        return dataclasses.replace(badnets.make(key, **options), control=control)
+
+    monkeypatch.setattr(attacks, "get", lambda name: SimpleNamespace(make=make))
+    config = tiny_config({"implant.epochs": 4}, stages="implant,purify,evaluate")
+    experiment.run(config, str(tmp_path / "run"))
+    learned = checkpoint.load(tmp_path / "run" / "implant" / "model")[0]["extra"]["shade"]
+    assert 30 < learned < 100
+    strip = np.load(tmp_path / "run" / "strip.npz")
+    assert (strip["triggered"].min((1, 2, 3)) == int(learned)).all()
