@@ -127,8 +127,8 @@ class TwinRun:
         self.side = sides.Theirs(case, torch.channels_last, self.device)
         self.plain = copy.deepcopy(self.side.net)  # torch.func does not go through compiled modules
         if self.device == "cuda":
-            self.side.net.compile()
-            self.side.backdoored.compile()
+            self.side.net.compile(dynamic=False)
+            self.side.backdoored.compile(dynamic=False)
 
     def autocast(self):
         """bfloat16 where ours computes in it."""

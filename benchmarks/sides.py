@@ -70,23 +70,26 @@ class Ours:
     """The package on a case: every method does its work once and waits for it."""
 
     def __init__(self, case: Case):
-        self.case = case
-        self.variables = parallel.replicate({"backdoored": case.backdoored, "current": case.current})
-        self.pixels, self.batch = parallel.replicate(
-            (case.images.astype(np.float32), {"images": case.images, "labels": case.labels})
-        )
         self.optimizer = train.sgd(lambda step: LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
-        first = train.new_state(case.current, self.optimizer)
-        # Copies, because the state is donated to every update.
-        fishers = jax.tree.map(jnp.array, (case.fishers["clean"], case.fishers["unlearning"]))
-        self.state = bibau.UnlearningState(
-            first.step, first.params, first.statistics, first.opt_state, *parallel.replicate(fishers)
-        )
         shared = {"classifier": case.classifier, "target": None, "perturbation": case.perturbation}
         self._attack = {w: jax.jit(partial(bibau.e_step, weights=w, **shared)) for w in (case.weights, BASE_AT)}
         options = {"optimizer": self.optimizer, "weights": case.weights, "padding": case.padding, "flip": bool(case.padding)}
         self._step = jax.jit(partial(bibau.step, **options, **shared), donate_argnums=0)
         self._gradient = jax.jit(jax.grad(self._loss))
+        self.restart(case)
+
+    def restart(self, case: Case) -> None:
+        """Back to the beginning, on other images of the same number if the case has them; what was compiled is kept."""
+        self.case = case
+        self.variables = parallel.replicate({"backdoored": case.backdoored, "current": case.current})
+        self.pixels, self.batch = parallel.replicate(
+            (case.images.astype(np.float32), {"images": case.images, "labels": case.labels})
+        )
+        first = train.new_state(case.current, self.optimizer)
+        # Copies, because the state is donated to every update.
+        fishers = jax.tree.map(jnp.array, (case.fishers["clean"], case.fishers["unlearning"]))
+        placed = parallel.replicate(fishers)
+        self.state = bibau.UnlearningState(first.step, first.params, first.statistics, first.opt_state, *placed)
 
     def _loss(self, params, statistics, pixels, labels):
         logits = self.case.classifier.apply({"params": params, "batch_stats": statistics}, pixels).logits

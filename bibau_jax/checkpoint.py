@@ -162,9 +162,7 @@ def _by_lead(work) -> None:
 
 
 def _write_manifest(part: Path, digest: str, info: dict) -> None:
-    files = {
-        file.relative_to(part).as_posix(): _sha256(file.read_bytes()) for file in part.rglob("*") if file.is_file()
-    }
+    files = {file.relative_to(part).as_posix(): _sha256(file.read_bytes()) for file in part.rglob("*") if file.is_file()}
     manifest = {"info": info, "sha256": digest, "files": files}
     manifest["seal"] = _seal(manifest)
     (part / "manifest.json").write_text(json.dumps(manifest, indent=1))

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bibau_jax import attacks, checkpoint, data, defenses, keys, models, parallel, progress, records, train, workdir
+from bibau_jax import attacks, checkpoint, data, defenses, keys, models, parallel, preflight, progress, records, train, workdir
 from bibau_jax.data import splits
 from bibau_jax.defenses.bibau import Perturbation
 from bibau_jax.errors import UserError
@@ -24,17 +24,6 @@ from bibau_jax.report import html, tables
 STAGES = ("implant", "purify", "evaluate", "report")
 # What the models are called in the record; other defences keep their own names, and the main one's model is "purified".
 MODELS = {"none": "backdoored", "clean": "clean", "ft": "finetuned"}
-# The parts of the config that decide the backdoored model and its clean twin: what a model may be shared between runs by.
-IMPLANT_PARTS = (
-    "seed",
-    "compute",
-    "data.name",
-    "data.train_size",
-    "data.validation_size",
-    "data.padding",
-    "data.flip",
-    "model",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +81,25 @@ class Run:
         section = self.config["defense"]
         return list(dict.fromkeys([section["name"], *filter(None, map(str.strip, section["beside"].split(",")))]))
 
+    def options(self, row: str) -> dict:
+        """The settings of the config that this defence takes, by name; its own section, where there is one, comes last."""
+        section = dict(self.config["defense"])
+        known = inspect.signature(defenses.get(row).purify).parameters
+        given = section | {name: self.config["data"][name] for name in ("padding", "flip")}
+        if row == "base_at":
+            given.pop("ablation")  # what makes it Base AT
+        given["pgd"] = Perturbation(**section["pgd"])
+        return {name: value for name, value in given.items() if name in known} | dict(section.get(row, {}))
+
+    def model_folder(self, stage: str) -> Path:
+        """Where the finished model of a stage lies: in this run's folder, or in that of the run it is taken from."""
+        setting = {"implant": "reuse", "clean": "clean_twin"}.get(stage)
+        other = self.config["implant"][setting] if setting else ""
+        folder = Path(other).expanduser().absolute() if other not in ("", "train", "none") else self.folder
+        if not (folder / stage / "model").exists():
+            raise UserError(f'{folder} has no finished "{stage}" model; run that stage first (--config.stages)')
+        return folder / stage / "model"
+
     def journal(self, stage: str) -> train.Journal:
         """Checkpoints, scalars and progress of one training, which is named after its folder."""
         lead = parallel.is_lead()
@@ -105,45 +113,16 @@ def run(config: dict, folder: str, command: str = "") -> records.Record | None:
 
     `config` is a plain nested dict with every field of configs/base.py. What a user can put right raises `UserError`.
     """
-    wanted = [stage.strip() for stage in config["stages"].split(",") if stage.strip()]
-    for stage in wanted:
-        if stage not in STAGES:
-            raise UserError(f'unknown stage "{stage}"; known: {", ".join(STAGES)}')
+    wanted = preflight.stages(config["stages"], STAGES)
     distributed = config["distributed"]
     parallel.connect(distributed["coordinator"], distributed["processes"], distributed["process"])
     this = Run(config, Path(folder).expanduser().absolute())
-    _check(this, wanted)
+    preflight.check(this, wanted)
     workdir.claim(folder, config)
     for stage in wanted:
         {"implant": implant, "purify": purify, "evaluate": evaluate, "report": write_report}[stage](this, command)
     path = this.folder / "record.json"
     return records.read(path) if path.exists() else None
-
-
-def _check(this: Run, wanted: list[str]) -> None:
-    """Everything that can be wrong with the settings, before anything is written or computed."""
-    config = this.config
-    models.check(config["model"]["name"])
-    for row in this.rows:
-        defenses.get(row)
-    for size, name in ((config["implant"]["batch_size"], "implant"), (config["defense"]["batch_size"], "defense")):
-        parallel.check_batch(size, f"{name}.batch_size")
-    for section in ("implant", "defense"):
-        if config[section]["epochs"] < 1 or config[section]["batch_size"] < 1:
-            raise UserError(f"{section}.epochs and {section}.batch_size must be at least 1")
-        if config[section]["learning_rate"] <= 0:
-            raise UserError(f"{section}.learning_rate must be positive")
-        train.learning_rate_schedule(config[section]["schedule"], 1.0, 1)
-    attacks.get(config["attack"]["name"])
-    # These read the data set, which is where the classes and the sizes are.
-    this.attack, this.classifier  # noqa: B018
-    attacks.protocol.choose(
-        this.key, np.arange(len(this.splits.train)), config["attack"]["poison_ratio"], len(this.splits.train)
-    )
-    if "implant" in wanted and config["implant"]["reuse"]:
-        _same_model(this, config["implant"]["reuse"], (*IMPLANT_PARTS, "attack", "implant"), "implant.reuse")
-    if "implant" in wanted and config["implant"]["clean_twin"] not in ("train", "none"):
-        _same_model(this, config["implant"]["clean_twin"], (*IMPLANT_PARTS, "implant"), "implant.clean_twin")
 
 
 # --- implant
@@ -209,36 +188,13 @@ def _finish(this: Run, stage: str, tree, history, spent, command: str) -> None:
     update(this, command, stages={stage: records.StageCost(**info["cost"])})
 
 
-def _same_model(this: Run, other: str, parts, setting: str) -> None:
-    theirs = workdir.read_config(Path(other).expanduser())
-    chosen = [{name: value for name, value in workdir.flat(c).items() if _among(name, parts)} for c in (theirs, this.config)]
-    changed = workdir.differences(*chosen, ignore=("implant.reuse", "implant.clean_twin"))
-    if changed:
-        raise UserError(f"{setting}={other} was trained with other settings ({'; '.join(changed)})")
-    _model_folder(this, "implant" if setting == "implant.reuse" else "clean")
-
-
-def _among(name: str, parts) -> bool:
-    return any(name == part or name.startswith(f"{part}.") for part in parts)
-
-
-def _model_folder(this: Run, stage: str) -> Path:
-    """Where the model of a stage lies: in this run's folder, or in that of the run it is taken from."""
-    setting = {"implant": "reuse", "clean": "clean_twin"}.get(stage)
-    other = this.config["implant"][setting] if setting else ""
-    folder = Path(other).expanduser().absolute() if other not in ("", "train", "none") else this.folder
-    if not (folder / stage / "model").exists():
-        raise UserError(f'{folder} has no finished "{stage}" model; run that stage first (--config.stages)')
-    return folder / stage / "model"
-
-
 def load_model(this: Run, stage: str) -> tuple[dict, object, dict]:
     """(variables, the attack's own parameters, info) of a finished stage."""
     like = jax.eval_shape(this.classifier.init, jax.random.key(0))
-    tree, info = checkpoint.load(_model_folder(this, stage))
+    tree, info = checkpoint.load(this.model_folder(stage))
     tree = {"extra": (), **tree}
     if jax.tree.structure(tree["variables"]) != jax.tree.structure(like):
-        raise UserError(f"{_model_folder(this, stage)} does not hold this network's parameters")
+        raise UserError(f"{this.model_folder(stage)} does not hold this network's parameters")
     return tree["variables"], tree["extra"], info
 
 
@@ -268,22 +224,11 @@ def purify(this: Run, command: str) -> None:
                 this.splits.clean,
                 held_out=this.splits.validation,
                 journal=this.journal(stage),
-                **_options(this, row),
+                **this.options(row),
             )
         if purified.samples is not None:
             _write_arrays(this.folder / stage / "samples.npz", purified.samples)
         _finish(this, stage, {"variables": purified.variables}, purified.history, spent, command)
-
-
-def _options(this: Run, row: str) -> dict:
-    """The settings of the config that this defence takes, by name; its own section, where there is one, comes last."""
-    section = dict(this.config["defense"])
-    known = inspect.signature(defenses.get(row).purify).parameters
-    given = section | {name: this.config["data"][name] for name in ("padding", "flip")}
-    if row == "base_at":
-        given.pop("ablation")  # what makes it Base AT
-    given["pgd"] = Perturbation(**section["pgd"])
-    return {name: value for name, value in given.items() if name in known} | dict(section.get(row, {}))
 
 
 # --- evaluate

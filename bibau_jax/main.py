@@ -1,5 +1,6 @@
 """The command: python -m bibau_jax.main --config=configs/cifar10.py:blended --workdir=runs/x [--config.defense.pgd.steps=10]"""
 
+import ast
 import errno
 import signal
 import sys
@@ -11,7 +12,13 @@ from bibau_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "settings, e.g. configs/cifar10.py:blended", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run; the same command goes on where it was cut off")
-DISK = {errno.ENOSPC: "the disk is full", errno.EROFS: "the disk is read-only", errno.EACCES: "permission denied"}
+DISK = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota is used up",
+    errno.EFBIG: "the file would be larger than allowed",
+    errno.EROFS: "the disk is read-only",
+    errno.EACCES: "permission denied",
+}
 
 
 def fail(message) -> None:
@@ -26,13 +33,15 @@ def parse(argv: list[str]) -> list[str]:
     sys.argv[1:] = argv[1:] = sorted(argv[1:], key=lambda flag: not flag.lstrip("-").startswith("config="))
     try:
         rest = flags.FLAGS(argv)
-        # A config file that failed to load raises only when it is looked at.
         if CONFIG.value is None:
             fail("which settings? give --config, e.g. --config=configs/digits.py")
+        CONFIG.value.to_dict()  # a config file that failed to load raises only when it is looked at
     except UserError as error:
         fail(error)
     except (AttributeError, KeyError) as error:
-        fail(f"unknown setting {error.args[0]}".replace("\\'", "'"))
+        reason = str(error.args[0])
+        nested = reason.startswith("'\\'")  # of a section within a section the message comes in quotes
+        fail(f"unknown setting {ast.literal_eval(reason) if nested else reason}")
     except (flags.Error, OSError, ImportError, SyntaxError, TypeError, ValueError) as error:
         fail(str(error).removeprefix("Configuration is not available because of an earlier failure to load: "))
     if not WORKDIR.value:

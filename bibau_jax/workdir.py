@@ -52,8 +52,11 @@ def claim(workdir, config: dict) -> pathlib.Path:
     parallel.wait("claim")  # nobody writes before everybody has looked
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     if parallel.is_lead() and not (marker.exists() and marker.read_text() == text):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(marker, text)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(marker, text)
+        except OSError as error:
+            raise UserError(f"cannot make {workdir}: {error.strerror}") from error
     parallel.wait("claimed")
     return folder
 

@@ -131,12 +131,12 @@ def tiny_config():
 
 @pytest.fixture
 def program():
-    """Starts the command in a process of its own, with the settings of `tiny_config` unless `flags` say otherwise."""
+    """Starts the command in a process of its own, with the settings of `tiny_config` unless it is to be `bare`."""
     started = []
 
-    def start(*flags: str) -> subprocess.Popen:
-        small = [f"--config.{name}={value}" for name, value in SMALL.items()]
-        line = [sys.executable, "-m", "bibau_jax.main", f"--config={ROOT}/configs/digits.py", *small, *flags]
+    def start(*flags: str, bare: bool = False) -> subprocess.Popen:
+        small = ["--config=configs/digits.py", *(f"--config.{name}={value}" for name, value in SMALL.items())]
+        line = [sys.executable, "-m", "bibau_jax.main", *([] if bare else small), *flags]
         started.append(subprocess.Popen(line, cwd=ROOT, stdout=PIPE, stderr=PIPE, text=True))
         return started[-1]
 

@@ -9,6 +9,7 @@ import pytest
 
 from bibau_jax import defenses, keys, train
 from bibau_jax.data import ImageSet
+from bibau_jax.defenses import bibau
 from bibau_jax.defenses.bibau import Perturbation
 from bibau_jax.errors import UserError
 
@@ -102,6 +103,26 @@ def test_another_key_gives_other_batches(purified, backdoored):
 
 
 @EVERY
+def test_crops_and_flips_are_those_that_were_asked_for(name, backdoored, monkeypatch):
+    asked = []
+
+    def record(key, pixels, *, padding, flip):
+        asked.append((padding, flip))
+        return pixels
+
+    def look(step, state, data, *, frozen=(), key, **rest):
+        jax.eval_shape(step, state, frozen, data, key)
+        raise InterruptedError
+
+    for module in (train, bibau):
+        monkeypatch.setattr(module, "crop_and_flip", record)
+    monkeypatch.setattr(train, "fit", look)
+    with pytest.raises(InterruptedError):
+        purify(name, backdoored, padding=3, flip=True)
+    assert asked == [(3, True)]
+
+
+@EVERY
 def test_nothing_of_the_attack_is_asked_for(name):
     parameters = inspect.signature(defenses.get(name).purify).parameters
     assert list(parameters)[:4] == ["key", "classifier", "variables", "clean"]
@@ -160,8 +181,8 @@ def test_an_unknown_schedule_is_refused(name, backdoored):
         ({"pgd": Perturbation(epsilon=0.0)}, "pgd.epsilon and pgd.step_size must be positive"),
         ({"pgd": Perturbation(step_size=-1.0)}, "pgd.epsilon and pgd.step_size must be positive"),
         ({"pgd": Perturbation(steps=-1)}, "pgd.steps at least 0"),
-        ({"iewc_cap": 0.0}, "iewc_cap must be positive"),
-        ({"eta": 1.5}, "eta within 0..1"),
+        ({"iewc_cap": 0.0}, "iewc_cap and temperature must be positive"),
+        ({"eta": 1.5}, "eta and alpha must lie within 0..1"),
     ],
 )
 def test_bibau_refuses_settings_that_mean_nothing(options, words, backdoored):
@@ -174,7 +195,7 @@ def test_a_target_outside_the_classes_is_refused_in_targeted_mode_alone(backdoor
         purify("bibau_t", backdoored, target_label=10)
 
 
-@pytest.mark.parametrize("name", ["bibau", "protocol", "ibau"])
+@pytest.mark.parametrize("name", ["bibau", "protocol", "bibau_x"])
 def test_an_unknown_defence_is_refused_with_the_known_ones(name):
-    with pytest.raises(UserError, match=f'unknown defence "{name}"; known: base_at, bibau_t, bibau_u, ft'):
+    with pytest.raises(UserError, match=f'unknown defence "{name}"; known: {", ".join(defenses.names())}'):
         defenses.get(name)

@@ -159,9 +159,7 @@ def test_eval_mode_uses_the_running_statistics_and_changes_nothing():
     module, variables, (x,) = make_normalised()
     y, changed = module.apply(variables, x, False, mutable=["batch_stats"])
     n = as_numpy64(variables)
-    np.testing.assert_allclose(
-        y, (x - n["mean"]) / np.sqrt(n["var"] + 1e-5) * n["scale"] + n["bias"], rtol=1e-5, atol=2e-5
-    )
+    np.testing.assert_allclose(y, (x - n["mean"]) / np.sqrt(n["var"] + 1e-5) * n["scale"] + n["bias"], rtol=1e-5, atol=2e-5)
     jax.tree.map(np.testing.assert_array_equal, changed["batch_stats"], variables["batch_stats"])
 
 

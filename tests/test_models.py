@@ -75,6 +75,7 @@ def test_taps_are_the_outputs_of_the_named_convolutions(outputs, network, variab
     shapes = {name: tap.shape[1:] for name, tap in outputs.taps.items()}
     first = dict.fromkeys(("conv1", "layer1_0/conv1", "layer1_0/conv2"), (16, 16, 4))
     assert shapes == first | dict.fromkeys(("layer2_0/conv1", "layer2_0/conv2"), (8, 8, 8))
+    assert all((tap < 0).any() for tap in outputs.taps.values())  # before their norm and activation
     padded = np.pad(((pixels / 255 - [0.4914, 0.4822, 0.4465]) / [0.247, 0.243, 0.261]), ((0, 0), (1, 1), (1, 1), (0, 0)))
     corner = np.einsum("nijc,ijcf->nf", padded[:, 4:7, 9:12], variables["params"]["conv1"]["kernel"])
     np.testing.assert_allclose(outputs.taps["conv1"][:, 4, 9], corner, atol=1e-4)

@@ -234,6 +234,18 @@ def test_every_epoch_sees_every_example_once_in_an_order_of_its_own():
     assert set(orders[:5]) != set(orders[5:])
 
 
+def test_every_step_has_a_key_of_its_own():
+    drawn = []
+
+    def noting(state, frozen, batch, key):
+        jax.debug.callback(lambda value: drawn.append(float(value)), jax.random.uniform(key), ordered=True)
+        return counting(state, frozen, batch, key)
+
+    count(step=noting)
+    jax.effects_barrier()
+    assert len(drawn) == len(set(drawn)) == 10
+
+
 def test_a_last_short_batch_is_dropped_and_a_large_batch_is_the_whole_set():
     assert [entry["step"] for entry in count(batch_size=4)[1]] == [2, 4]
     state, history = count(batch_size=64)

@@ -51,8 +51,7 @@ class Dataset:
         labels = np.concatenate([self.train.labels, self.test.labels])
         if labels.size and not 0 <= labels.min() <= labels.max() < self.num_classes:
             raise errors.UserError(
-                f'data set "{self.name}": labels must lie in 0..{self.num_classes - 1}, '
-                f"found {labels.min()}..{labels.max()}"
+                f'data set "{self.name}": labels must lie in 0..{self.num_classes - 1}, found {labels.min()}..{labels.max()}'
             )
 
     @property

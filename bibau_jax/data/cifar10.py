@@ -211,9 +211,7 @@ def _read_split(prepared, split) -> ImageSet:
         return ImageSet(images, labels, ids)
     except Exception as error:  # the readers below raise whatever they like on a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"the prepared CIFAR-10 in {prepared} is damaged ({reason}); delete it and start again"
-        ) from error
+        raise UserError(f"the prepared CIFAR-10 in {prepared} is damaged ({reason}); delete it and start again") from error
 
 
 @contextlib.contextmanager

@@ -5,3 +5,4 @@ from functools import partial
 from bibau_jax.defenses import bibau
 
 purify = partial(bibau.purify, ablation="base_at")
+check = partial(bibau.check, ablation="base_at")

@@ -7,7 +7,7 @@ what the clean task needs (EWC) and one that drives out what the backdoor needs 
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,43 +19,10 @@ from bibau_jax import keys, parallel, train
 from bibau_jax.data import ImageSet
 from bibau_jax.data.augment import crop_and_flip
 from bibau_jax.defenses.protocol import Purified, as_data, check_clean, watch
-from bibau_jax.errors import UserError
 from bibau_jax.information import diagonal_fisher
 from bibau_jax.method import ewc, pgd, terms
+from bibau_jax.method.settings import ABLATIONS, Perturbation, Weights, check
 from bibau_jax.models import Classifier
-
-# Table 6: A = {L_kd, L_ewc} keeps clean accuracy, B = {L_prior, L_iewc} removes the backdoor.
-ABLATIONS = {"base_at": (False, False), "+A": (True, False), "+B": (False, True), "+A+B": (True, True)}
-UNLEARNING_LABELS = ("predicted", "true")
-FISHER_REFRESH = ("never", "epoch")
-
-
-class Perturbation(NamedTuple):
-    """How adversarial images are sought: norm "l2" or "linf", bound and step on the 0..255 scale, number of steps.
-
-    `start` is "zero" or "random". The paper states 20 steps of 2.0 within 25.0; its norm is lost, and "l2" is our reading.
-    """
-
-    norm: str = "l2"
-    epsilon: float = 25.0
-    step_size: float = 2.0
-    steps: int = 20
-    start: str = "zero"
-
-
-class Weights(NamedTuple):
-    """The weights of the terms, lambda_1 to lambda_4, and the constants inside them."""
-
-    kd: float
-    prior: float
-    ewc: float
-    iewc: float
-    alpha: float
-    temperature: float
-    eta: float
-    prior_form: str
-    iewc_cap: float
-    iewc_form: str
 
 
 @struct.dataclass
@@ -322,9 +289,27 @@ def purify(
       unlearning_labels: "predicted" or "true", see `unlearning_set`. fisher_refresh: F^cl "never" or every "epoch".
     """
     check_clean(classifier, clean)
-    _check(targeted, target_label, classifier.num_classes, ablation, pgd, prior_form, iewc_form, iewc_cap, eta)
-    _choice("unlearning_labels", unlearning_labels, UNLEARNING_LABELS)
-    _choice("fisher_refresh", fisher_refresh, FISHER_REFRESH)
+    check(
+        classifier.num_classes,
+        targeted=targeted,
+        target_label=target_label,
+        ablation=ablation,
+        max_grad_norm=max_grad_norm,
+        pgd=pgd,
+        lambda_kd=lambda_kd,
+        lambda_prior=lambda_prior,
+        lambda_ewc=lambda_ewc,
+        lambda_iewc=lambda_iewc,
+        alpha=alpha,
+        temperature=temperature,
+        eta=eta,
+        prior_form=prior_form,
+        iewc_cap=iewc_cap,
+        iewc_form=iewc_form,
+        unlearning_labels=unlearning_labels,
+        fisher_refresh=fisher_refresh,
+        fisher_chunk=fisher_chunk,
+    )
     with_a, with_b = ABLATIONS[ablation]
     weights = Weights(
         *(with_a * lambda_kd, with_b * lambda_prior, with_a * lambda_ewc, with_b * lambda_iewc),
@@ -362,22 +347,3 @@ def _first_state(variables, optimizer) -> UnlearningState:
     state = train.new_state(variables, optimizer)
     empty = [jax.tree.map(jnp.zeros_like, state.params) for _ in range(2)]
     return UnlearningState(state.step, state.params, state.statistics, state.opt_state, *empty)
-
-
-def _choice(name: str, value, choices) -> None:
-    if value not in choices:
-        raise UserError(f'{name} "{value}" is unknown; choose one of {", ".join(choices)}')
-
-
-def _check(targeted, target_label, classes, ablation, perturbation, prior_form, iewc_form, iewc_cap, eta) -> None:
-    _choice("ablation", ablation, ABLATIONS)
-    _choice("pgd.norm", perturbation.norm, pgd.NORMS)
-    _choice("pgd.start", perturbation.start, ("zero", "random"))
-    _choice("prior_form", prior_form, terms.PRIOR_FORMS)
-    _choice("iewc_form", iewc_form, ewc.INVERSE_FORMS)
-    if targeted and not 0 <= target_label < classes:
-        raise UserError(f"target label {target_label} is outside the {classes} classes 0..{classes - 1}")
-    if perturbation.epsilon <= 0 or perturbation.step_size <= 0 or perturbation.steps < 0:
-        raise UserError("pgd.epsilon and pgd.step_size must be positive, pgd.steps at least 0")
-    if iewc_cap <= 0 or not 0 <= eta <= 1:
-        raise UserError("iewc_cap must be positive, eta within 0..1")

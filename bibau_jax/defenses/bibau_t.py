@@ -5,3 +5,4 @@ from functools import partial
 from bibau_jax.defenses import bibau
 
 purify = partial(bibau.purify, targeted=True)
+check = partial(bibau.check, targeted=True)

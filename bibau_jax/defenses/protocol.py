@@ -2,7 +2,8 @@
 
 `purify(key, classifier, variables, clean, *, held_out=None, journal=..., **options) -> Purified`. `clean` is the
 defender's small labelled set, `held_out` more clean images to watch (never trained on). A defence never sees the
-trigger, the poisoned data, the test set or the attack success rate.
+trigger, the poisoned data, the test set or the attack success rate. A module may also have `check(num_classes, **options)`,
+which raises `UserError` on a setting that `purify` cannot use; it is called before anything is computed.
 """
 
 import dataclasses

@@ -42,9 +42,7 @@ def bars(title: str, rows, tone: str, reference: float | None = None) -> str:
             out.append(f'<rect class="bar" x="0" y="{top + 25}" width="{value:.3f}%" height="10" rx="1"/>')
     if reference is not None:
         x = f'x1="{reference:.3f}%" x2="{reference:.3f}%"'
-        out += [
-            f'<line class="reference" {x} y1="{BAR_ROW * i + 23}" y2="{BAR_ROW * i + 37}"/>' for i in range(len(rows))
-        ]
+        out += [f'<line class="reference" {x} y1="{BAR_ROW * i + 23}" y2="{BAR_ROW * i + 37}"/>' for i in range(len(rows))]
     for x, anchor in ((0, "start"), (50, "middle"), (100, "end")):
         out.append(f'<text class="tick" x="{x}%" y="{height - 4}" text-anchor="{anchor}">{x}\u202f%</text>')
     return "".join(out) + "</svg>"
@@ -120,9 +118,7 @@ def _axes(ticks, place_y, scale: str, x_ticks, place_x) -> str:
 
 def _description(title: str, series, scale: str) -> str:
     unit = "\u202f%" if scale == "percent" else ""
-    ends = (
-        f"{s.name} from {words.short(s.points[0][1])}{unit} to {words.short(s.points[-1][1])}{unit}" for s in series
-    )
+    ends = (f"{s.name} from {words.short(s.points[0][1])}{unit} to {words.short(s.points[-1][1])}{unit}" for s in series)
     return escape(f"{title}: {'; '.join(ends)}")
 
 

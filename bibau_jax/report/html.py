@@ -124,12 +124,8 @@ def _outcome(record) -> str:
         reference = words.rate(getattr(before, key)) if before is not None else None
         caption = f"<figcaption>{name} <span>{text}</span></figcaption>"
         charts.append(f"<figure>{caption}{figures.bars(name, rows, key, reference)}</figure>")
-    note = (
-        '<p class="note">The dashed mark is the backdoored model before any defence.</p>' if before is not None else ""
-    )
-    return _section(
-        "outcome", "Before and after", f'<div class="pair">{"".join(charts)}</div>{note}' if measured else ""
-    )
+    note = '<p class="note">The dashed mark is the backdoored model before any defence.</p>' if before is not None else ""
+    return _section("outcome", "Before and after", f'<div class="pair">{"".join(charts)}</div>{note}' if measured else "")
 
 
 def _counted(rate) -> str:
@@ -157,11 +153,7 @@ def _table(record) -> str:
         "accuracy: share of triggered images that get their true class. Clean twin: the same training "
         "without poison. Small figures are the counts."
     )
-    return (
-        _section("numbers", "Every model, counted", _wide(inside, "numbers", "Every model, counted"), text)
-        if body
-        else ""
-    )
+    return _section("numbers", "Every model, counted", _wide(inside, "numbers", "Every model, counted"), text) if body else ""
 
 
 def _wide(inside: str, tone: str, label: str) -> str:
@@ -171,9 +163,7 @@ def _wide(inside: str, tone: str, label: str) -> str:
 def _strip(arrays: dict, label: int | None) -> str:
     table = strip.table(arrays, label)
     mark = (
-        f" {strip.TARGET_MARK}\u00a0marks a prediction of the attack’s target."
-        if label is not None or "aims" in arrays
-        else ""
+        f" {strip.TARGET_MARK}\u00a0marks a prediction of the attack’s target." if label is not None or "aims" in arrays else ""
     )
     text = f"The same images three times, enlarged, with what each model takes them for.{mark}"
     body = f'<div class="wide" role="region" tabindex="0" aria-label="Images">{table}</div>' if table else ""
@@ -229,9 +219,7 @@ def flat(tree: dict, prefix: str = "") -> dict:
 def _settings(record) -> str:
     """The config as rows: what the command line set first, marked, then the rest in the record's order."""
     settings = flat(record.config)
-    given = [
-        name for name in settings if f"--config.{name}=" in record.command or f"--config.{name} " in record.command
-    ]
+    given = [name for name in settings if f"--config.{name}=" in record.command or f"--config.{name} " in record.command]
     rows = []
     for name in (*given, *(name for name in settings if name not in given)):
         mark = ' <small class="given">set on the command line</small>' if name in given else ""

@@ -76,9 +76,7 @@ def _row_head(title: str, text: str, columns: int) -> str:
 def _difference_row(arrays, kind: str) -> str:
     images, gain = amplified(arrays[kind], arrays["clean"])
     columns = len(images)
-    cells = (
-        _cell(image, f"difference of {kind} image {i + 1} from the clean one", ()) for i, image in enumerate(images)
-    )
+    cells = (_cell(image, f"difference of {kind} image {i + 1} from the clean one", ()) for i, image in enumerate(images))
     text = f"difference from clean{f', × {gain}' if gain > 1 else ''}; grey is no change"
     return f'<tr><th scope="rowgroup" colspan="{columns}"><span>{text}</span></th></tr><tr>{"".join(cells)}</tr>'
 

@@ -83,9 +83,7 @@ def short(value) -> str:
     if not is_number(value):
         return NOTHING
     plain = value == 0 or 1e-4 <= abs(value) < 1e5
-    return (f"{value:,.3g}" if plain and abs(value) < 1e3 else f"{value:,.0f}" if plain else f"{value:.1e}").replace(
-        "-", "−"
-    )
+    return (f"{value:,.3g}" if plain and abs(value) < 1e3 else f"{value:,.0f}" if plain else f"{value:.1e}").replace("-", "−")
 
 
 def percent(value) -> str:

@@ -1,0 +1,94 @@
+"""Everything that can be wrong with the settings of a run, found before anything is written or computed."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bibau_jax import attacks, defenses, models, parallel, train, workdir
+from bibau_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from bibau_jax.experiment import Run
+
+# The parts of the config that decide the backdoored model and its clean twin: what a model may be shared between runs by.
+IMPLANT_PARTS = (
+    "seed",
+    "compute",
+    "data.name",
+    "data.train_size",
+    "data.validation_size",
+    "data.padding",
+    "data.flip",
+    "model",
+)
+
+
+def stages(listed: str, known: tuple[str, ...]) -> list[str]:
+    """The stages named in "implant,purify", in that order; unknown ones raise `UserError`."""
+    wanted = [stage.strip() for stage in listed.split(",") if stage.strip()]
+    for stage in wanted:
+        if stage not in known:
+            raise UserError(f'unknown stage "{stage}"; known: {", ".join(known)}')
+    return wanted
+
+
+def check(run: "Run", wanted: list[str]) -> None:
+    """Raises `UserError` on the first setting that the stages in `wanted` cannot be run with."""
+    config = run.config
+    models.check(config["model"]["name"])
+    attacks.get(config["attack"]["name"])
+    for row in run.rows:
+        defenses.get(row)
+    for section in ("implant", "defense"):
+        _training(section, config[section])
+    if config["checkpoint_every"] < 1 or config["data"]["padding"] < 0:
+        raise UserError("checkpoint_every must be at least 1, data.padding at least 0")
+    for name, kind in {"stages": int, "mean": (int, float), "std": (int, float)}.items():
+        if not config["model"][name] or not all(isinstance(value, kind) for value in config["model"][name]):
+            raise UserError(f"model.{name} takes {'whole ' * (kind is int)}numbers, not {config['model'][name]}")
+    # From here on the data set is read, which is where the classes and the sizes are.
+    for row in run.rows:
+        if hasattr(defenses.get(row), "check"):
+            defenses.get(row).check(run.classifier.num_classes, **run.options(row))
+    _attack(run)
+    if "implant" in wanted and config["implant"]["reuse"]:
+        _same_model(run, "reuse", "implant", (*IMPLANT_PARTS, "attack", "implant"))
+    if "implant" in wanted and config["implant"]["clean_twin"] not in ("train", "none"):
+        _same_model(run, "clean_twin", "clean", (*IMPLANT_PARTS, "implant"))
+
+
+def _training(name: str, section: dict) -> None:
+    """What every training needs, whatever it trains."""
+    parallel.check_batch(section["batch_size"], f"{name}.batch_size")
+    if section["epochs"] < 1 or section["batch_size"] < 1:
+        raise UserError(f"{name}.epochs and {name}.batch_size must be at least 1")
+    if section["learning_rate"] <= 0:
+        raise UserError(f"{name}.learning_rate must be positive")
+    if not 0 <= section["momentum"] < 1 or section["weight_decay"] < 0:
+        raise UserError(f"{name}.momentum must lie in 0..1 (below 1), {name}.weight_decay must not be negative")
+    train.learning_rate_schedule(section["schedule"], 1.0, 1)
+
+
+def _attack(run: "Run") -> None:
+    """The poison ratio, and the trigger on one image."""
+    images, ratio = run.splits.train, run.config["attack"]["poison_ratio"]
+    attacks.protocol.choose(run.key, np.arange(len(images)), ratio, len(images))
+    if run.attack.control is None:
+        first = images.take(slice(1))
+        run.attack.stamp(first.images, first.ids)
+
+
+def _same_model(run: "Run", setting: str, stage: str, parts: tuple[str, ...]) -> None:
+    """Refuses a model of another run that was trained with other settings, or is not finished."""
+    other = run.config["implant"][setting]
+    theirs = workdir.read_config(Path(other).expanduser())
+    chosen = [{name: value for name, value in workdir.flat(c).items() if _among(name, parts)} for c in (theirs, run.config)]
+    changed = workdir.differences(*chosen, ignore=("implant.reuse", "implant.clean_twin"))
+    if changed:
+        raise UserError(f"implant.{setting}={other} was trained with other settings ({'; '.join(changed)})")
+    run.model_folder(stage)
+
+
+def _among(name: str, parts) -> bool:
+    return any(name == part or name.startswith(f"{part}.") for part in parts)
