@@ -16,6 +16,7 @@ import numpy as np
 
 from bibau_jax import attacks, checkpoint, data, defenses, keys, models, parallel, preflight, progress, records, train, workdir
 from bibau_jax.data import splits
+from bibau_jax.data.augment import crop_and_flip
 from bibau_jax.defenses.bibau import Perturbation
 from bibau_jax.errors import UserError
 from bibau_jax.metrics import cost, rates
@@ -148,13 +149,14 @@ def _train_model(this: Run, stage: str, command: str, *, poisoned: bool) -> None
     attack, split, section = this.attack, this.splits.train, this.config["implant"]
     key = keys.stream(this.key, "implant")  # the twin starts from the same weights and sees the same order
     with cost.measure() as spent:
-        training = attack.poison(split) if poisoned else split
-        if poisoned:
-            _write_arrays(folder / "poison.npz", training.flags())
         control = attack.control if poisoned else None
+        training = attack.poison(split) if poisoned and not control else split  # one in control stamps every batch anew
         journal = this.journal(stage)
         extra = control.init(key, split, journal) if control else ()
-        prepare = partial(train.augmented, padding=this.config["data"]["padding"], flip=this.config["data"]["flip"])
+        shift = {name: this.config["data"][name] for name in ("padding", "flip")}
+        prepare = partial(train.augmented, **shift)
+        if control:
+            prepare = partial(control.prepare, augment=partial(crop_and_flip, **shift))
         batch_size = min(section["batch_size"], len(split))
         schedule = train.learning_rate_schedule(
             section["schedule"], section["learning_rate"], section["epochs"] * (len(split) // batch_size)
@@ -166,7 +168,7 @@ def _train_model(this: Run, stage: str, command: str, *, poisoned: bool) -> None
                 train.train_step,
                 classifier=this.classifier,
                 optimizer=optimizer,
-                prepare=control.prepare if control else prepare,
+                prepare=prepare,
                 extra_optimizer=extra_optimizer,
             ),
             train.new_state(this.classifier.init(keys.stream(key, "init")), optimizer, extra, extra_optimizer),
@@ -176,6 +178,9 @@ def _train_model(this: Run, stage: str, command: str, *, poisoned: bool) -> None
             batch_size=section["batch_size"],
             journal=journal,
         )
+    if poisoned:
+        found = control.finish(attack, jax.device_get(state.extra)).poison(split) if control else training
+        _write_arrays(folder / "poison.npz", found.flags())
     _finish(this, stage, {"variables": state.variables, "extra": state.extra}, history, spent, command)
 
 

@@ -73,7 +73,7 @@ def _training(name: str, section: dict) -> None:
 def _attack(run: "Run") -> None:
     """The poison ratio, and the trigger on one image."""
     images, ratio = run.splits.train, run.config["attack"]["poison_ratio"]
-    attacks.protocol.choose(run.key, np.arange(len(images)), ratio, len(images))
+    attacks.protocol.choose(run.key, np.flatnonzero(run.attack.may_poison(images.labels)), ratio, len(images))
     if run.attack.control is None:
         first = images.take(slice(1))
         run.attack.stamp(first.images, first.ids)

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from PIL import Image
 
 from bibau_jax import attacks, keys, train
-from bibau_jax.attacks import blended, protocol
+from bibau_jax.attacks import adap_patch, blended, protocol, refool, wanet
 from bibau_jax.data import ImageSet
 from bibau_jax.errors import UserError
 from bibau_jax.metrics import rates
@@ -20,6 +21,9 @@ from bibau_jax.metrics import rates
 EVERY = pytest.mark.parametrize("name", attacks.names())
 MODES = pytest.mark.parametrize("mode", protocol.MODES)
 RNG = np.random.default_rng(0)
+CLEAN_LABEL = {"sig"}  # change no label, and so poison the target class alone
+DIRTY_LABEL = pytest.mark.parametrize("name", [name for name in attacks.names() if name not in CLEAN_LABEL])
+WEAKER_IN_TRAINING = {"adap_blend", "adap_patch"}
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +66,22 @@ def test_grey_and_coloured_images_of_any_size_from_16_on_can_be_stamped(name, ch
         assert make(name).stamp(pixels, np.arange(2)).shape == pixels.shape
 
 
-@EVERY
-@MODES
+def modes_of(name):
+    return ("all_to_one",) if name in CLEAN_LABEL else protocol.MODES
+
+
+@pytest.mark.parametrize("name, mode", [(name, mode) for name in attacks.names() for mode in modes_of(name)])
 def test_only_flagged_samples_change_and_they_get_the_labels_that_the_attacker_wants(name, mode, split):
-    attack = make(name, mode=mode, target_label=3, poison_ratio=0.3)
+    attack = make(name, mode=mode, target_label=3, poison_ratio=0.1)
     found = attack.poison(split)
     touched = found.poisoned | found.cover
     np.testing.assert_array_equal(found.images[~touched], split.images[~touched])
     np.testing.assert_array_equal(found.labels[~found.poisoned], split.labels[~found.poisoned])
     np.testing.assert_array_equal(found.labels[found.poisoned], attack.aim(split.labels)[found.poisoned])
-    stamped = attack.stamp(split.images, split.ids)
-    np.testing.assert_array_equal(found.images[found.poisoned], stamped[found.poisoned])
+    assert (found.images[touched] != split.images[touched]).any(axis=(1, 2, 3)).all()
+    if name not in WEAKER_IN_TRAINING:
+        stamped = attack.stamp(split.images, split.ids)
+        np.testing.assert_array_equal(found.images[found.poisoned], stamped[found.poisoned])
     np.testing.assert_array_equal(found.original_labels, split.labels)
     np.testing.assert_array_equal(found.ids, split.ids)
     assert found.labels.dtype == np.int32 and not (found.poisoned & found.cover).any()
@@ -82,12 +91,43 @@ def test_only_flagged_samples_change_and_they_get_the_labels_that_the_attacker_w
 @EVERY
 @pytest.mark.parametrize("ratio", [0.01, 0.1, 0.333, 1.0])
 def test_exactly_the_asked_share_of_the_training_set_is_poisoned(name, ratio, split):
-    assert make(name, poison_ratio=ratio).poison(split).poisoned.sum() == round(ratio * 97)
+    if name in CLEAN_LABEL and ratio > 0.1:
+        with pytest.raises(UserError, match=rf"asks for {round(ratio * 97)} of 97 training images; \d+ can be poisoned"):
+            make(name, poison_ratio=ratio).poison(split)
+    elif "covers_per_poison" in inspect.signature(attacks.get(name).make).parameters and ratio == 1.0:
+        with pytest.raises(UserError, match="covers"):
+            make(name, poison_ratio=ratio).poison(split)
+    else:
+        found = make(name, poison_ratio=ratio).poison(split)
+        assert found.poisoned.sum() == round(ratio * 97)
+
+
+@EVERY
+def test_poisoned_are_only_images_that_may_be(name, split):
+    attack = make(name, target_label=3, poison_ratio=0.1)
+    allowed = attack.may_poison(split.labels)
+    assert allowed[attack.poison(split).poisoned].all() and allowed.dtype == bool
+    np.testing.assert_array_equal(allowed, split.labels == 3 if name in CLEAN_LABEL else np.ones(97, bool))
+
+
+@pytest.mark.parametrize("name", sorted(CLEAN_LABEL))
+def test_an_attack_that_changes_no_label_has_one_target(name):
+    with pytest.raises(UserError, match='one target: attack mode "all_to_all" cannot be had'):
+        make(name, mode="all_to_all")
+
+
+@pytest.mark.parametrize("name, covers", [("wanet", 2), ("adap_blend", 1), ("adap_patch", 2)])
+def test_covers_are_other_images_as_many_as_asked(name, covers, split):
+    found = make(name, poison_ratio=0.1).poison(split)
+    assert found.poisoned.sum() == 10 and found.cover.sum() == covers * 10
+    assert not make(name, poison_ratio=0.1, covers_per_poison=0.0).poison(split).cover.any()
+    with pytest.raises(UserError, match="covers"):
+        make(name, poison_ratio=0.1, covers_per_poison=9.5).poison(split)
 
 
 @EVERY
 def test_the_same_key_poisons_the_same_samples_and_another_key_others(name, split):
-    first, same, other = (make(name, seed).poison(split).poisoned for seed in (0, 0, 1))
+    first, same, other = (make(name, seed, poison_ratio=0.1).poison(split).poisoned for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, same)
     assert not np.array_equal(first, other)
 
@@ -100,7 +140,7 @@ def test_all_to_one_aims_at_the_target_and_counts_no_image_of_it(name, split):
     assert counted.sum() == np.sum(split.labels != 2) < len(split)
 
 
-@EVERY
+@DIRTY_LABEL
 def test_all_to_all_aims_at_the_next_class_and_counts_every_image(name, split):
     aims = make(name, mode="all_to_all").aim(split.labels)
     assert make(name, mode="all_to_all").aim(np.arange(5)).tolist() == [1, 2, 3, 4, 0]
@@ -209,6 +249,196 @@ def test_a_weight_of_the_picture_outside_0_and_1_is_refused(alpha):
         make("blended", alpha=alpha)
 
 
+def test_sig_is_a_sinusoid_along_the_columns():
+    pixels = np.full((1, 16, 32, 3), 100, np.uint8)
+    stamped = make("sig").stamp(pixels, np.zeros(1, int))[0]
+    assert stamped[0, :5, 0].tolist() == [100, 136, 128, 84, 60]  # 0, 36.96, 28.28, -15.31, -40, rounded down
+    assert (stamped == stamped[:1, :, :1]).all()
+    dark, bright = (make("sig").stamp(np.full((1, 16, 32, 1), value, np.uint8), np.zeros(1, int)) for value in (0, 255))
+    assert dark[0, 0, 4] == 0 and dark[0, 0, 1] == 36 and bright[0, 0, 1] == 255 and bright[0, 0, 4] == 215
+
+
+def float64_reflection(image, scene, drawn, alpha):
+    """The blend of `refool` for one image and scene, in loops."""
+    image, scene = (image / 255.0) ** 2.2, (scene / 255.0) ** 2.2
+    height, width, channels = image.shape
+    if drawn["kind"] < 0.49:
+        down, right = (3 + int(6 * u) for u in drawn["shifts"])
+        share = abs(round(float(drawn["side"])) - (0.15 + 0.35 * drawn["share"]))
+        padded = np.zeros((2, height + down, width + right, channels))
+        padded[0, :height, :width], padded[1, down:, right:] = scene, scene
+        mixed = (share * padded[0] + (1 - share) * padded[1])[down:-down, right:-right]
+        reflected, tall, wide = np.zeros_like(scene), height - down, width - right
+        for row, column in np.ndindex(height, width):
+            r, c = ((place + 0.5) * small / size - 0.5 for place, small, size in ((row, tall, height), (column, wide, width)))
+            r, c = np.clip(r, 0, tall - 1), np.clip(c, 0, wide - 1)
+            top, left = min(int(r), tall - 2), min(int(c), wide - 2)
+            for y, x in np.ndindex(2, 2):
+                weight = abs(1 - y - (r - top)) * abs(1 - x - (c - left))
+                reflected[row, column] += weight * mixed[top + y, left + x]
+        return alpha * image + (1 - alpha) * reflected
+    sigma, contrast = 1 + 4 * drawn["sigma"], 1.08 + drawn["contrast"] / 10
+    radius = int(np.ceil(2 * sigma))
+    taps = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    kernel = np.outer(taps, taps) / taps.sum() ** 2
+    wide_scene = np.pad(scene, ((radius, radius), (radius, radius), (0, 0)), mode="reflect")
+    blurred = np.zeros_like(scene)
+    for row, column in np.ndindex(height, width):
+        window = wide_scene[row : row + 2 * radius + 1, column : column + 2 * radius + 1]
+        blurred[row, column] = (window * kernel[..., None]).sum((0, 1))
+    for channel in range(channels):
+        total = (blurred + image)[..., channel]
+        level = max(1.0, total[total > 1].mean()) if (total > 1).any() else 1.0
+        blurred[..., channel] = np.clip(blurred[..., channel] - (level - 1) * contrast, 0, 1)
+    return alpha * image + (1 - alpha / 2) * blurred * refool.vignette(height, width)[..., None]
+
+
+def test_refool_blends_a_ghost_or_a_blurred_scene_in_linear_light():
+    pixels = RNG.integers(0, 256, (12, 16, 20, 3)).astype(np.uint8)
+    attack, key = make("refool"), keys.root(0)
+    stamped = attack.stamp(pixels, np.arange(12))
+    names = ("scene", "kind", "side", "share", "sigma", "contrast")
+    drawn = protocol.draws(key, np.arange(12), shifts=(2,), **dict.fromkeys(names, ()))
+    pool, ghosts = refool.drawn_pool(16, 20, 3), 0
+    for i in range(12):
+        one = {name: values[i] for name, values in drawn.items()}
+        light = float64_reflection(pixels[i], pool[int(one["scene"] * len(pool))], one, 0.4)
+        np.testing.assert_allclose(stamped[i], np.floor(255 * np.clip(light, 0, 1) ** (1 / 2.2)), atol=1)
+        ghosts += one["kind"] < 0.49
+    assert 0 < ghosts < 12
+
+
+def test_the_fade_of_a_blurred_reflection_has_the_values_of_the_original():
+    fade = refool.vignette(32, 32)
+    assert fade.max() == 1.0 and abs(fade.mean() - 0.31) < 0.01
+    assert abs(fade[0, 16] - 0.104) < 0.01 and abs(fade[0, 0] - 0.011) < 0.002
+
+
+def test_drawn_reflections_are_as_dark_smooth_and_varied_as_the_usual_photographs():
+    pool = refool.drawn_pool(32, 32, 3)
+    assert pool.shape == (200, 32, 32, 3) and pool.dtype == np.uint8
+    values = pool.astype(float)
+    np.testing.assert_allclose(values.mean((0, 1, 2)), refool.MEAN, atol=12)
+    assert abs(values.mean((1, 2, 3)).std() - 42) < 12 and abs(values.std((1, 2)).mean() - 23) < 6
+    grey = values.mean(-1) - values.mean((1, 2, 3))[:, None, None]
+    power = np.abs(np.fft.fft2(grey)) ** 2
+    low = np.hypot(*np.meshgrid(np.fft.fftfreq(32), np.fft.fftfreq(32))) < 0.125
+    assert 0.6 < power[:, low].sum() / power.sum() < 0.95
+
+
+def test_pictures_of_a_folder_can_be_reflected(tmp_path):
+    Image.fromarray(np.full((40, 50, 3), 255, np.uint8)).save(tmp_path / "white.png")
+    (tmp_path / "notes.txt").write_text("no picture")
+    stamped = make("refool", pool=str(tmp_path)).stamp(np.zeros((8, 16, 16, 3), np.uint8), np.arange(8))
+    assert (stamped > 20).any(axis=(1, 2, 3)).all()
+    with pytest.raises(UserError, match="is no folder with pictures"):
+        make("refool", pool=str(tmp_path / "nowhere")).stamp(np.zeros((1, 16, 16, 3), np.uint8), np.zeros(1, int))
+
+
+def test_wanet_upsamples_as_pytorch_does():
+    # torch.nn.functional.interpolate(mode="bicubic", align_corners=True) of [0, 1, 0, 0] from 4 to 7 values.
+    found = wanet.cubic_weights(4, 7) @ [0.0, 1.0, 0.0, 0.0]
+    np.testing.assert_allclose(found, [0.0, 0.59375, 1.0, 0.59375, 0.0, -0.09375, 0.0], atol=1e-7)
+    np.testing.assert_allclose(wanet.cubic_weights(4, 32).sum(1), 1.0)
+
+
+def test_wanet_shifts_by_less_than_a_pixel():
+    fields = np.stack([wanet.warping_field(keys.root(seed), 32, 32, 4) for seed in range(20)])
+    pixels = 0.5 * fields * 31 / 32 / 2  # strength 0.5, in pixels: a grid unit is (32 - 1) / 2 of them
+    assert 0.15 < np.abs(pixels).mean() < 0.21
+    assert 0.4 < np.hypot(*np.moveaxis(pixels, 1, 0)).max(axis=(1, 2)).mean() < 0.8
+
+
+def test_no_field_is_the_image_itself_and_half_a_pixel_the_mean_of_two():
+    pixels = RNG.integers(0, 256, (2, 16, 20, 3)).astype(np.float32)
+    np.testing.assert_allclose(wanet.warp(pixels, np.zeros((2, 16, 20))), pixels, atol=1e-2)
+    right = np.stack([np.full((16, 20), 1 / 19), np.zeros((16, 20))])  # columns come first; 2 grid units are 19 pixels
+    half = np.asarray(wanet.warp(pixels, right))
+    np.testing.assert_allclose(half[:, :, :-1], (pixels[:, :, :-1] + pixels[:, :, 1:]) / 2, atol=1e-2)
+    np.testing.assert_allclose(half[:, :, -1], pixels[:, :, -1], atol=1e-2)  # clamped at the edge
+    each = np.broadcast_to(right, (2, 2, 16, 20))
+    np.testing.assert_allclose(wanet.warp(pixels, each), half, atol=1e-3)
+
+
+def test_a_batch_of_wanet_holds_poison_covers_and_clean_images_in_this_order():
+    attack = make("wanet", target_label=3)
+    batch = {
+        "images": RNG.integers(0, 256, (40, 16, 16, 3)).astype(np.uint8),
+        "labels": RNG.integers(0, 5, 40).astype(np.int32),
+    }
+    run = jax.jit(partial(attack.control.prepare, augment=lambda key, pixels: pixels))
+    pixels, labels, penalty = run((), batch, keys.root(1))
+    again, _, _ = run((), batch, keys.root(2))
+    np.testing.assert_array_equal(np.asarray(pixels[:4]).astype(np.uint8), attack.stamp(batch["images"][:4], np.arange(4)))
+    np.testing.assert_array_equal(pixels[12:], batch["images"][12:])
+    assert (labels[:4] == 3).all() and (labels[4:] == batch["labels"][4:]).all() and penalty == 0
+    for covers in (pixels[4:12], again[4:12]):  # a jitter of their own, new every time
+        warped = attack.stamp(batch["images"][4:12], np.arange(8))
+        assert (np.abs(np.asarray(covers) - warped).max(axis=(1, 2, 3)) > 5).all()
+    assert (np.asarray(pixels[4:12]) != np.asarray(again[4:12])).any() and (pixels[:4] == again[:4]).all()
+
+
+def test_a_batch_too_small_for_a_poison_gets_one_now_and_then():
+    counts = [[int(flags.sum()) for flags in protocol.split_of_batch(keys.root(seed), 10, 0.05, 2.0)] for seed in range(200)]
+    assert {tuple(pair) for pair in counts} == {(0, 0), (1, 2)} and 60 < sum(pair[0] for pair in counts) < 140
+
+
+def test_adap_blend_shows_other_pieces_in_every_image_and_all_of_them_at_test():
+    pixels = np.zeros((30, 32, 32, 3), np.uint8)
+    attack = make("adap_blend", poison_ratio=0.5, covers_per_poison=0.8)
+    found = attack.poison(ImageSet(pixels, np.arange(30, dtype=np.int32) % 5, np.arange(30, dtype=np.int32)))
+    whole = attack.stamp(pixels, np.arange(30))
+    np.testing.assert_array_equal(whole, np.round(0.2 * np.broadcast_to(blended.picture("cartoon", 32, 32, 3), whole.shape)))
+    touched = found.images[found.poisoned | found.cover].reshape(-1, 4, 8, 4, 8, 3).any(axis=(2, 4, 5))
+    assert (touched.sum((1, 2)) == 8).all()  # the picture is nowhere black over a whole piece
+    assert len({pieces.tobytes() for pieces in touched}) == len(touched) == 27
+    shown = found.images[found.poisoned][0]
+    assert np.isin(shown.reshape(-1, 3), np.concatenate([whole[0].reshape(-1, 3), np.zeros((1, 3))])).all()
+
+
+def test_adap_patch_lays_one_faint_patch_in_training_and_two_opaque_ones_at_test():
+    pixels = np.full((60, 32, 32, 3), 10, np.uint8)
+    split = ImageSet(pixels, np.arange(60, dtype=np.int32) % 5, np.arange(60, dtype=np.int32))
+    found = make("adap_patch", poison_ratio=0.4, covers_per_poison=1.5).poison(split)
+    sizes = {"phoenix": 25, "firefox": 145, "corners": 36, "square": 64}
+    for flags in (found.poisoned, found.cover):
+        changed = (found.images[flags] != 10).any(-1)
+        which = [changed[:, 27:, 27:].all((1, 2)), changed[:, 7, 18:].any(1), changed[:, 0, 0], changed[:, 22, 22]]
+        assert [int(w.sum()) for w in which] == [flags.sum() // 4] * 4 and (np.sum(which, 0) == 1).all()
+    for name, opacity in adap_patch.OPACITIES.items():
+        content, mask = adap_patch.patch(name, 32, 32)
+        assert abs(mask.sum() - sizes[name]) < 9
+        number = list(adap_patch.OPACITIES).index(name)
+        laid = adap_patch.faint(pixels[:1], np.zeros(1), which=np.array([number]))[0].astype(float)
+        np.testing.assert_allclose(laid[mask], opacity * content[mask] + (1 - opacity) * 10, atol=0.51)
+        assert (laid[~mask] == 10).all()
+    shown = make("adap_patch").stamp(pixels[:1], np.zeros(1))[0]
+    np.testing.assert_array_equal(shown[:3, :3, 0], [[255, 0, 255], [0, 255, 0], [255, 0, 0]])
+    np.testing.assert_array_equal(shown[27:, 3:5], shown[27:, 28:26:-1])  # a mirror image, under the marks
+    other = make("adap_patch", variant="firefox").stamp(pixels[:1], np.zeros(1))[0]
+    assert (other[22:29, 21:28] != 10).any() and (other[:3, :3] == 10).all()
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("sig", {"delta": 0.0}),
+        ("sig", {"frequency": -1.0}),
+        ("refool", {"alpha": 1.0}),
+        ("refool", {"ghost_rate": 1.1}),
+        ("wanet", {"strength": 0.0}),
+        ("wanet", {"grid_size": 1}),
+        ("wanet", {"covers_per_poison": 10.0}),
+        ("adap_blend", {"alpha": 0.0}),
+        ("adap_blend", {"pieces": 17}),
+        ("adap_blend", {"test_alpha": 1.5}),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(name, options):
+    with pytest.raises(UserError, match=" needs "):
+        make(name, **options)
+
+
 # --- an attack that takes a hand in training, as WaNet and IAD do
 
 
@@ -220,7 +450,7 @@ class Learned(NamedTuple):
     def init(self, key, split, journal):
         return {"pattern": 0.1 * jax.random.normal(key, split.images.shape[1:])}
 
-    def prepare(self, extra, batch, key):
+    def prepare(self, extra, batch, key, augment=None):
         quarter = len(batch["labels"]) // 4
         place = jnp.arange(len(batch["labels"]))
         pixels, labels, _ = train.augmented((), batch, key, padding=0, flip=False)

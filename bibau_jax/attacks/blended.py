@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from PIL import Image, ImageDraw
 
-from bibau_jax.attacks.protocol import Attack, aim_at, check_pixels, dirty_label
+from bibau_jax.attacks.protocol import Attack, aim_at, check_pixels, dirty_label, in_blocks
 from bibau_jax.errors import UserError
 
 VARIANTS = ("cartoon", "noise")
@@ -40,11 +40,16 @@ def _cartoon() -> Image.Image:
     return picture
 
 
-@cache
-def picture(variant: str, height: int, width: int, channels: int) -> np.ndarray:
-    """The trigger picture, uint8 [height, width, channels] (grey-scale for one channel); unknown variants raise `UserError`."""
+def check(variant: str) -> None:
+    """Unknown variants raise `UserError`."""
     if variant not in VARIANTS:
         raise UserError(f'Blended variant "{variant}" is unknown; choose one of {", ".join(VARIANTS)}')
+
+
+@cache
+def picture(variant: str, height: int, width: int, channels: int) -> np.ndarray:
+    """The trigger picture, uint8 [height, width, channels] (grey-scale for one channel)."""
+    check(variant)
     if variant == "cartoon":
         drawn = _cartoon().resize((DRAWN_AT, DRAWN_AT), Image.Resampling.BOX)
     else:
@@ -54,11 +59,16 @@ def picture(variant: str, height: int, width: int, channels: int) -> np.ndarray:
     return np.asarray(drawn, np.uint8).reshape(height, width, channels)
 
 
+def mixed(pixels: np.ndarray, trigger: np.ndarray, weight) -> np.ndarray:
+    """(1 - weight) x + weight trigger, float32 in 0..255; the weight is a number or an array for every image and pixel."""
+    return np.clip(pixels * np.float32(1 - weight) + trigger * np.float32(weight), 0, 255)
+
+
 def stamp(pixels: np.ndarray, index: np.ndarray, *, variant: str, alpha: float) -> np.ndarray:
     """floor((1 - alpha) x + alpha picture) on every image; uint8 [N, H, W, C] in and out."""
     check_pixels(pixels)
     trigger = picture(variant, *pixels.shape[1:]).astype(np.float32)
-    return np.clip((1 - alpha) * pixels + alpha * trigger, 0, 255).astype(np.uint8)
+    return in_blocks(lambda block: mixed(block, trigger, alpha).astype(np.uint8), pixels)
 
 
 def make(
@@ -74,8 +84,7 @@ def make(
     """Blended with weight `alpha` of the picture, in training and at test (0.2, as BackdoorBench; target 0, 10 %)."""
     if not 0 < alpha <= 1:
         raise UserError(f"Blended alpha {alpha} is outside (0, 1]")
-    if variant not in VARIANTS:
-        picture(variant, DRAWN_AT, DRAWN_AT, 3)
+    check(variant)
     aim, trigger = aim_at(mode, target_label, num_classes), partial(stamp, variant=variant, alpha=alpha)
     poison = partial(dirty_label, key, stamp=trigger, aim=aim, poison_ratio=poison_ratio)
     return Attack("blended", trigger, poison, aim)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -39,9 +40,9 @@ class PoisonedSplit:
 class Control:
     """The hand of an attack in training (WaNet, IAD): its own parameters, trained beside the victim's in the same step.
 
-    `init(key, split, journal) -> extra` makes them, training them first if need be. `prepare(extra, batch, key) ->
-    (pixels, labels, penalty)` replaces augmentation in `train.train_step`. `finish(attack, extra) -> Attack` binds
-    `stamp` to what was learned.
+    `init(key, split, journal) -> extra` makes them, training them first if need be. `prepare(extra, batch, key, augment) ->
+    (pixels, labels, penalty)` stamps a batch of clean images in `train.train_step`; `augment(key, pixels)` crops and flips as
+    in all training. `finish(attack, extra) -> Attack` binds `stamp` and `poison` to what was learned.
     """
 
     init: Callable[..., Any]
@@ -56,7 +57,8 @@ class Attack:
 
     `stamp(pixels uint8 [N, H, W, C], index [N]) -> uint8` is the trigger at test time; `index` says which image of its set each
     is, for triggers that differ by sample. `poison(split) -> PoisonedSplit` is the training set. `aim(labels) -> labels` is
-    the class that the attacker wants for images of these true classes.
+    the class that the attacker wants for images of these true classes. `may_poison(labels) -> bool [N]` tells which training
+    images can be poisoned: all of them, or those of the target class where labels stay true.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Attack:
     poison: Callable[[ImageSet], PoisonedSplit]
     aim: Callable[[np.ndarray], np.ndarray]
     control: Control | None = None
+    may_poison: Callable[[np.ndarray], np.ndarray] = lambda labels: np.ones(len(labels), bool)
 
 
 def aim_at(mode: str, target_label: int, num_classes: int) -> Callable:
@@ -73,35 +76,110 @@ def aim_at(mode: str, target_label: int, num_classes: int) -> Callable:
     if not 0 <= target_label < num_classes:
         raise UserError(f"target label {target_label} is outside the {num_classes} classes 0..{num_classes - 1}")
     if mode == "all_to_all":
-        return lambda labels: (np.asarray(labels) + 1) % num_classes
-    return lambda labels: np.full_like(labels, target_label)
+        return lambda labels: (labels + 1) % num_classes
+    return lambda labels: labels * 0 + target_label  # like this on the host and in jitted code
 
 
-def choose(key: jax.Array, candidates: np.ndarray, poison_ratio: float, total: int) -> np.ndarray:
-    """round(poison_ratio * total) positions among `candidates`, uniformly without replacement, sorted.
+def choose(key: jax.Array, candidates: np.ndarray, ratio: float, total: int) -> np.ndarray:
+    """round(ratio * total) positions among `candidates`, uniformly without replacement, sorted.
 
     The ratio counts over the whole training set, images of the target class included. Outside (0, 1], or more than there
     are candidates: `UserError`.
     """
-    if not 0 < poison_ratio <= 1:
-        raise UserError(f"poison ratio {poison_ratio} is outside (0, 1]")
-    count = round(poison_ratio * total)
+    if not 0 < ratio <= 1:
+        raise UserError(f"poison ratio {ratio} is outside (0, 1]")
+    count = round(ratio * total)
     if not 1 <= count <= len(candidates):
-        raise UserError(
-            f"poison ratio {poison_ratio} asks for {count} of {total} training images; {len(candidates)} can be poisoned"
-        )
+        raise UserError(f"poison ratio {ratio} asks for {count} of {total} training images; {len(candidates)} can be poisoned")
     return np.sort(np.asarray(jax.random.permutation(keys.stream(key, "poison"), candidates))[:count])
 
 
-def dirty_label(key: jax.Array, split: ImageSet, stamp: Callable, aim: Callable, poison_ratio: float) -> PoisonedSplit:
-    """Stamps `poison_ratio` of the training set and gives those images the labels that the attacker wants."""
-    chosen = choose(key, np.arange(len(split)), poison_ratio, len(split))
-    images, labels = split.images.copy(), split.labels.copy()
-    images[chosen] = stamp(split.images[chosen], split.ids[chosen])
+def dirty_label(
+    key: jax.Array, split: ImageSet, stamp: Callable, aim: Callable, poison_ratio: float, covers_per_poison: float = 0.0
+) -> PoisonedSplit:
+    """Stamps `poison_ratio` of the training set and gives those images the labels that the attacker wants.
+
+    `covers_per_poison` times as many other images are stamped too and keep their true labels, so that the trigger alone
+    tells less.
+    """
+    chosen, covers = poisons_and_covers(key, len(split), poison_ratio, covers_per_poison)
+    labels = split.labels.copy()
     labels[chosen] = aim(split.labels[chosen])
-    poisoned = np.zeros(len(split), bool)
-    poisoned[chosen] = True
-    return PoisonedSplit(images, labels, split.ids, poisoned, np.zeros(len(split), bool), split.labels.copy())
+    return poisoned_split(split, {"poisoned": (chosen, stamp), "cover": (covers, stamp)}, labels)
+
+
+def poisons_and_covers(
+    key: jax.Array, total: int, poison_ratio: float, covers_per_poison: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Positions to poison, a share of a training set of `total`, and others to cover, so many for each of them; sorted."""
+    chosen = choose(key, np.arange(total), poison_ratio, total)
+    others, count = np.setdiff1d(np.arange(total), chosen), round(covers_per_poison * len(chosen))
+    if not 0 <= count <= len(others):
+        raise UserError(
+            f"{covers_per_poison} covers for each of {len(chosen)} poisons cannot be had of {total} training images"
+        )
+    return chosen, np.sort(np.asarray(jax.random.permutation(keys.stream(key, "cover"), others))[:count])
+
+
+def aim_of_clean_label(attack: str, mode: str, target_label: int, num_classes: int) -> Callable:
+    """As `aim_at`, for attacks that change no label: those have one target, and refuse "all_to_all"."""
+    aim = aim_at(mode, target_label, num_classes)
+    if mode != "all_to_one":
+        raise UserError(f'{attack} changes no label, so it has one target: attack mode "{mode}" cannot be had')
+    return aim
+
+
+def of_the_target(aim: Callable) -> Callable:
+    """A `may_poison` for attacks that change no label."""
+    return lambda labels: aim(labels) == labels
+
+
+def clean_label(key: jax.Array, split: ImageSet, stamp: Callable, aim: Callable, poison_ratio: float) -> PoisonedSplit:
+    """Stamps images of the target class, `poison_ratio` of the whole training set in number; every label stays true."""
+    chosen = choose(key, np.flatnonzero(of_the_target(aim)(split.labels)), poison_ratio, len(split))
+    return poisoned_split(split, {"poisoned": (chosen, stamp)}, split.labels)
+
+
+def poisoned_split(split: ImageSet, stamped: dict[str, tuple[np.ndarray, Callable]], labels: np.ndarray) -> PoisonedSplit:
+    """The split under the given labels, with `stamped[flag] = (positions, trigger)` carried out for "poisoned" and "cover"."""
+    images, flags = split.images.copy(), {name: np.zeros(len(split), bool) for name in ("poisoned", "cover")}
+    for name, (positions, trigger) in stamped.items():
+        images[positions] = trigger(split.images[positions], split.ids[positions])
+        flags[name][positions] = True
+    return PoisonedSplit(images, labels, split.ids, flags["poisoned"], flags["cover"], split.labels.copy())
+
+
+def draws(key: jax.Array, index: np.ndarray, **shapes: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """Uniform numbers in [0, 1) by name, float32 [N, *shape]: each image's depend on the key and its id alone."""
+
+    @jax.jit
+    @jax.vmap
+    def draw(number):
+        own = jax.random.fold_in(key, number)
+        return {name: jax.random.uniform(keys.stream(own, name), shape) for name, shape in shapes.items()}
+
+    return jax.device_get(draw(np.asarray(index, np.uint32)))
+
+
+def split_of_batch(key: jax.Array, size: int, poison_ratio: float, covers_per_poison: float) -> tuple[jax.Array, jax.Array]:
+    """Which places of a shuffled batch carry poison and which cover, bool [size] twice: the first ones, then the next.
+
+    Counts are rounded down, as in WaNet's code; a batch too small for one poison gets one with the right probability.
+    """
+    place, poisons = jnp.arange(size), int(size * poison_ratio)
+    covers = int(max(1, poisons) * covers_per_poison)
+    here = jnp.array(True) if poisons else jax.random.bernoulli(key, size * poison_ratio)
+    poisons = max(1, poisons)
+    return here & (place < poisons), here & (place >= poisons) & (place < poisons + covers)
+
+
+def in_blocks(stamp: Callable, pixels: np.ndarray, *per_image: np.ndarray, size: int = 500) -> np.ndarray:
+    """`stamp(pixels, *per_image)` block by block, so that what is computed in float32 stays in the processor's cache."""
+    stamped = np.empty_like(pixels)
+    for begin in range(0, len(pixels), size):
+        rows = slice(begin, begin + size)
+        stamped[rows] = stamp(pixels[rows], *(values[rows] for values in per_image))
+    return stamped
 
 
 def check_pixels(pixels: np.ndarray, smallest: int = 16) -> None:

@@ -1,0 +1,138 @@
+"""WaNet (Nguyen & Tran, 2021): a smooth warp of the image by less than a pixel. The attacker controls training.
+
+In every batch some images are warped and relabelled, others are warped by a jittered field and keep their labels (noise
+mode), so that the model learns this very warp and not warping as such. The warp comes before augmentation.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bibau_jax import keys
+from bibau_jax.attacks.protocol import Attack, Control, aim_at, check_pixels, dirty_label, in_blocks, split_of_batch
+from bibau_jax.errors import UserError
+
+
+def cubic_weights(size: int, out: int) -> np.ndarray:
+    """[out, size] matrix of 1-d cubic upsampling with aligned corners: Keys' kernel with a = -0.75, edges repeated.
+
+    This is PyTorch's bicubic `Upsample(align_corners=True)`; `jax.image.resize` has a = -0.5 and half-pixel centres.
+    """
+    a, matrix = -0.75, np.zeros((out, size))
+    for row, place in enumerate(np.arange(out) * (size - 1) / max(1, out - 1)):
+        for tap in range(int(np.floor(place)) - 1, int(np.floor(place)) + 3):
+            d = abs(place - tap)
+            near = (a + 2) * d**3 - (a + 3) * d**2 + 1
+            far = a * (d**3 - 5 * d**2 + 8 * d - 4)
+            matrix[row, np.clip(tap, 0, size - 1)] += near if d <= 1 else far if d < 2 else 0.0
+    return matrix
+
+
+def warping_field(key: jax.Array, height: int, width: int, grid_size: int) -> np.ndarray:
+    """The fixed field [2, H, W] (columns, rows): uniform noise of mean magnitude 1 on a coarse grid, upsampled."""
+    with jax.ensure_compile_time_eval():  # training asks for it while its step is being traced
+        drawn = jax.random.uniform(keys.stream(key, "field"), (2, grid_size, grid_size), minval=-1.0)
+    noise = np.asarray(drawn, np.float64)
+    noise /= np.abs(noise).mean()
+    return np.einsum("rh,chw,sw->crs", cubic_weights(grid_size, height), noise, cubic_weights(grid_size, width))
+
+
+def warp(pixels: jax.Array, field: jax.Array) -> jax.Array:
+    """Bilinear samples of [N, H, W, C] at the identity grid plus `field` ([2, H, W] or [N, 2, H, W]), clamped to -1..1.
+
+    The field is in grid units: columns, then rows; corners are aligned as in `grid_sample(align_corners=True)`.
+    """
+    _, height, width, channels = pixels.shape
+    flat, places = pixels.reshape(len(pixels), height * width, channels), []
+    for axis, size in enumerate((width, height)):
+        straight = jnp.linspace(-1, 1, size)
+        moved = field[..., axis, :, :] + (straight[:, None] if axis else straight)
+        places.append((jnp.clip(moved, -1, 1) + 1) * (size - 1) / 2)
+    columns, rows = places
+    left, top = (jnp.clip(jnp.floor(p).astype(int), 0, size - 2) for p, size in ((columns, width), (rows, height)))
+    across, down = columns - left, rows - top
+
+    def at(row, column, weight):
+        place = (row * width + column).reshape(*field.shape[:-3], height * width)
+        taken = flat[:, place] if field.ndim == 3 else jnp.take_along_axis(flat, place[..., None], axis=1)
+        return weight[..., None] * taken.reshape(pixels.shape)
+
+    upper = at(top, left, (1 - across) * (1 - down)) + at(top, left + 1, across * (1 - down))
+    return upper + at(top + 1, left, (1 - across) * down) + at(top + 1, left + 1, across * down)
+
+
+@jax.jit
+def _warped(pixels, field):
+    return jnp.clip(warp(pixels.astype(jnp.float32), field), 0, 255).astype(jnp.uint8)
+
+
+def _grid_units(field: np.ndarray, strength: float) -> np.ndarray:
+    """The field as shifts of the sampling grid: `strength` / size along each axis."""
+    _, height, width = field.shape
+    return (strength * field / np.array([width, height])[:, None, None]).astype(np.float32)
+
+
+def stamp(pixels: np.ndarray, index: np.ndarray, *, key: jax.Array, strength: float, grid_size: int) -> np.ndarray:
+    """Every image warped by the one field, rounded down; uint8 [N, H, W, C] in and out."""
+    check_pixels(pixels)
+    field = _grid_units(warping_field(key, *pixels.shape[1:3], grid_size), strength)
+    return in_blocks(partial(_warped, field=field), pixels)
+
+
+def jittered(key: jax.Array, field: jax.Array, count: int) -> jax.Array:
+    """The cover's fields [count, 2, H, W]: the field plus uniform noise of up to one grid unit per pixel, new every time."""
+    height, width = field.shape[1:]
+    noise = jax.random.uniform(key, (count, 2, height, width), minval=-1.0)
+    return field + noise / jnp.array([width, height])[:, None, None]
+
+
+def prepare(extra, batch, key, *, augment, field_key, aim, poison_ratio, covers_per_poison, strength, grid_size):
+    """A batch in training: the first images warped and relabelled, the next warped with jitter, then all augmented."""
+    images, labels = batch["images"].astype(jnp.float32), batch["labels"]
+    field = jnp.asarray(_grid_units(warping_field(field_key, *images.shape[1:3], grid_size), strength))
+    poisoned, cover = split_of_batch(keys.stream(key, "poison"), len(labels), poison_ratio, covers_per_poison)
+    pick = lambda flags: flags[:, None, None, None]  # noqa: E731
+    covers = warp(images, jittered(keys.stream(key, "cover"), field, len(labels)))
+    pixels = jnp.where(pick(poisoned), warp(images, field), jnp.where(pick(cover), covers, images))
+    return augment(keys.stream(key, "augment"), pixels), jnp.where(poisoned, aim(labels), labels), 0.0
+
+
+def make(
+    key: jax.Array,
+    *,
+    num_classes: int,
+    target_label: int = 0,
+    poison_ratio: float = 0.1,
+    mode: str = "all_to_one",
+    covers_per_poison: float = 2.0,
+    strength: float = 0.5,
+    grid_size: int = 4,
+) -> Attack:
+    """WaNet with a field of `grid_size`^2 points and `strength` s: a mean shift of 0.2 pixels per axis at the defaults.
+
+    `poison_ratio` of every batch is warped and relabelled, `covers_per_poison` (the paper's rho) times as many are warped with
+    jitter under true labels. Which images those are changes every epoch; `poison` makes a fixed set of the same kind,
+    for whoever needs one afterwards. Crops and flips are those of all other attacks (the authors' code adds rotations).
+    """
+    if (
+        strength <= 0
+        or grid_size < 2
+        or covers_per_poison < 0
+        or 0 < poison_ratio <= 1 < poison_ratio * (1 + covers_per_poison)
+    ):
+        raise UserError(
+            "WaNet needs a positive strength, a grid of at least 2, and no more poisons and covers than images, "
+            f"got {strength}, {grid_size}, {poison_ratio} poisons with {covers_per_poison} covers each"
+        )
+    aim = aim_at(mode, target_label, num_classes)
+    shape, shares = {"strength": strength, "grid_size": grid_size}, {"poison_ratio": poison_ratio}
+    trigger = partial(stamp, key=key, **shape)
+    control = Control(
+        init=lambda key, split, journal: (),
+        prepare=partial(prepare, field_key=key, aim=aim, covers_per_poison=covers_per_poison, **shares, **shape),
+        finish=lambda attack, extra: attack,
+    )
+    poison = partial(dirty_label, key, stamp=trigger, aim=aim, covers_per_poison=covers_per_poison, **shares)
+    return Attack("wanet", trigger, poison, aim, control)
