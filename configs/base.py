@@ -5,6 +5,9 @@ python -m bibau_jax.main --config=configs/digits.py --workdir=runs/digits --conf
 
 from ml_collections import ConfigDict
 
+# Of the whole training set, where it is not the usual tenth: what each attack's authors or BackdoorBench's curves recommend.
+POISON_RATIOS = {"sig": 0.05, "adap_blend": 0.003, "adap_patch": 0.003}
+
 
 def get_config() -> ConfigDict:
     """The defaults: the paper's settings where it states them, at full ResNet-18 size."""
@@ -45,6 +48,17 @@ def get_config() -> ConfigDict:
     config.attack.mode = "all_to_one"  # or all_to_all: class y becomes y + 1
     config.attack.badnets = ConfigDict({"variant": "square", "size": 3})  # square or grid; pixels
     config.attack.blended = ConfigDict({"variant": "cartoon", "alpha": 0.2})  # cartoon or noise; weight of the picture
+    config.attack.sig = ConfigDict({"delta": 40.0, "frequency": 6.0})  # height of the stripes, 0..255; periods across the image
+    config.attack.refool = ConfigDict()
+    config.attack.refool.alpha = 0.4  # weight of the image itself
+    config.attack.refool.ghost_rate = 0.49  # share of double reflections; the others are out of focus
+    config.attack.refool.pool = ""  # folder of pictures to reflect; "" draws them
+    config.attack.wanet = ConfigDict({"strength": 0.5, "grid_size": 4})  # of the warp; points of its field along a side
+    config.attack.wanet.covers_per_poison = 2.0  # images with a jittered warp and their true labels
+    config.attack.adap_blend = ConfigDict({"variant": "cartoon", "alpha": 0.2, "test_alpha": 0.2})  # weights of the picture
+    config.attack.adap_blend.pieces = 8  # of the picture's 16 in every training image
+    config.attack.adap_blend.covers_per_poison = 1.0  # images with the trigger and their true labels
+    config.attack.adap_patch = ConfigDict({"variant": "phoenix", "covers_per_poison": 2.0})  # phoenix or firefox at test
 
     config.implant = ConfigDict()
     config.implant.reuse = ""  # workdir of a run whose backdoored model (same settings) to take instead of training one
@@ -58,6 +72,12 @@ def get_config() -> ConfigDict:
 
     config.defense = defense()
     return config
+
+
+def choose_attack(config: ConfigDict, name: str) -> None:
+    """Sets the attack, and the share of the training set that it usually poisons."""
+    config.attack.name = name
+    config.attack.poison_ratio = POISON_RATIOS.get(name, config.attack.poison_ratio)
 
 
 def defense() -> ConfigDict:

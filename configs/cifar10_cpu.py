@@ -9,7 +9,7 @@ from configs import base
 def get_config(attack: str = "badnets"):
     """The setting of results/cifar10_cpu.md; `configs/cifar10_cpu.py:blended` for another attack."""
     config = base.get_config()
-    config.attack.name = attack
+    base.choose_attack(config, attack)
     config.attack.badnets.variant = "grid"  # a white square is lost on bright corners: 93 % ASR at this size
     config.data.train_size = 20_000
     config.data.clean_size = 1000

@@ -18,7 +18,7 @@ def get_config(attack: str = "badnets"):
     config.model.stages = (1, 1, 1)
     config.model.mean = (0.305,)
     config.model.std = (0.376,)
-    config.attack.name = attack
+    base.choose_attack(config, attack)
     config.implant.epochs = 20
     config.implant.batch_size = 64
     config.implant.schedule = "one_cycle"

@@ -256,7 +256,7 @@ def test_what_an_attack_learns_while_implanting_is_what_it_stamps_at_the_test(ti
             shade = int(extra["shade"])
             return dataclasses.replace(attack, stamp=lambda x, index: np.minimum(x, 255 - shade) + np.uint8(shade))
 
-        def prepare(extra, batch, key):
+        def prepare(extra, batch, key, augment):
             return batch["images"] + extra["shade"], batch["labels"], 0.01 * (extra["shade"] - 60.0) ** 2
 
         init = {"shade": jnp.float32(10.0)}
@@ -270,3 +270,14 @@ def test_what_an_attack_learns_while_implanting_is_what_it_stamps_at_the_test(ti
     assert 30 < learned < 100
     strip = np.load(tmp_path / "run" / "strip.npz")
     assert (strip["triggered"].min((1, 2, 3)) == int(learned)).all()
+
+
+@pytest.mark.parametrize("name", attacks.names())
+def test_every_attack_is_implanted_and_leaves_behind_what_it_poisoned(name, tiny_config, tmp_path):
+    config = tiny_config({"attack.name": name, "attack.poison_ratio": 0.05, "implant.epochs": 1}, stages="implant")
+    experiment.run(config, str(tmp_path / "run"))
+    found = np.load(tmp_path / "run" / "implant" / "poison.npz")
+    assert found["poisoned"].sum() == 10 and len(found["ids"]) == 200
+    changed = found["labels"] != found["original_labels"]
+    assert not (changed & ~found["poisoned"]).any() and (changed.any() or name == "sig")
+    assert checkpoint.load(tmp_path / "run" / "implant" / "model")[1]["seconds"] > 0
