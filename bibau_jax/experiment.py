@@ -150,13 +150,15 @@ def _train_model(this: Run, stage: str, command: str, *, poisoned: bool) -> None
     key = keys.stream(this.key, "implant")  # the twin starts from the same weights and sees the same order
     with cost.measure() as spent:
         control = attack.control if poisoned else None
-        training = attack.poison(split) if poisoned and not control else split  # one in control stamps every batch anew
-        journal = this.journal(stage)
-        extra = control.init(key, split, journal) if control else ()
         shift = {name: this.config["data"][name] for name in ("padding", "flip")}
-        prepare = partial(train.augmented, **shift)
+        prepare, training, extra, learned = partial(train.augmented, **shift), split, (), ()
         if control:
-            prepare = partial(control.prepare, augment=partial(crop_and_flip, **shift))
+            augment = partial(crop_and_flip, **shift)
+            learned = _learned(this, control, key, split, augment)
+        if control and control.prepare:  # who controls training stamps every batch anew
+            prepare, extra = partial(control.prepare, augment=augment), learned
+        elif poisoned:
+            training = (control.finish(attack, learned) if control else attack).poison(split)
         batch_size = min(section["batch_size"], len(split))
         schedule = train.learning_rate_schedule(
             section["schedule"], section["learning_rate"], section["epochs"] * (len(split) // batch_size)
@@ -176,12 +178,25 @@ def _train_model(this: Run, stage: str, command: str, *, poisoned: bool) -> None
             key=key,
             epochs=section["epochs"],
             batch_size=section["batch_size"],
-            journal=journal,
+            journal=this.journal(stage),
         )
+    if control and control.prepare:
+        learned = jax.device_get(state.extra)
+        training = control.finish(attack, learned).poison(split)
     if poisoned:
-        found = control.finish(attack, jax.device_get(state.extra)).poison(split) if control else training
-        _write_arrays(folder / "poison.npz", found.flags())
-    _finish(this, stage, {"variables": state.variables, "extra": state.extra}, history, spent, command)
+        _write_arrays(folder / "poison.npz", training.flags())
+    _finish(this, stage, {"variables": state.variables, "extra": learned}, history, spent, command)
+
+
+def _learned(this: Run, control: attacks.Control, key, split, augment):
+    """What the attack learns before the victim's training; kept beside it, so that it is learned once."""
+    stage = "implant/trigger"
+    if not (this.folder / stage / "model").exists():
+        journal = this.journal(stage)
+        extra = control.init(keys.stream(key, "trigger"), split, journal, augment)
+        checkpoint.save(this.folder / stage / "model", {"extra": extra}, {})
+        journal.keeper.clear()
+    return {"extra": (), **checkpoint.load(this.folder / stage / "model")[0]}["extra"]
 
 
 def _finish(this: Run, stage: str, tree, history, spent, command: str) -> None:
@@ -319,6 +334,7 @@ def update(this: Run, command: str, *, stages: dict | None = None, metrics: dict
         record = dataclasses.replace(
             record,
             config=this.config,
+            command=command,
             stages=record.stages | (stages or {}),
             metrics=record.metrics | (metrics or {}),
         )
@@ -338,5 +354,6 @@ def write_report(this: Run, command: str) -> None:
 
 
 def command_line() -> str:
-    """The command that started this program, to be run again."""
-    return shlex.join(["python", "-m", "bibau_jax.main", *sys.argv[1:]])
+    """The command that started this program, for all stages: run in another folder, it makes the same record."""
+    kept = [flag for flag in sys.argv[1:] if not flag.lstrip("-").startswith("config.stages=")]
+    return shlex.join(["python", "-m", "bibau_jax.main", *kept])

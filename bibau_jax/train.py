@@ -82,9 +82,9 @@ def sgd(schedule, *, momentum: float, weight_decay: float, max_grad_norm: float 
 
 
 def augmented(extra, batch, key, *, padding: int, flip: bool):
-    """The ordinary preparation of a batch: crop and flip; returns pixels (float32, 0..255), labels and a penalty of 0."""
+    """The ordinary preparation of a batch, crop and flip: (pixels in float32, labels, a penalty of 0, `extra` unchanged)."""
     pixels = crop_and_flip(keys.stream(key, "augment"), batch["images"], padding=padding, flip=flip)
-    return pixels.astype(jnp.float32), batch["labels"], 0.0
+    return pixels.astype(jnp.float32), batch["labels"], 0.0, extra
 
 
 def train_step(
@@ -100,21 +100,22 @@ def train_step(
 ):
     """One step of cross-entropy training on a batch {"images" uint8, "labels"}; returns (state, {"loss", "accuracy"}).
 
-    `prepare(extra, batch, key) -> (pixels, labels, penalty)` augments the batch; an attack that controls training stamps
-    triggers there, and its parameters `extra` are trained on the same loss plus its penalty.
+    `prepare(extra, batch, key) -> (pixels, labels, penalty, extra)` augments the batch; an attack that controls training stamps
+    triggers there. Its parameters `extra` are trained on the same loss plus its penalty; `prepare` may hand them back with new
+    statistics of their own.
     """
 
     def objective(params, extra):
-        pixels, labels, penalty = prepare(extra, batch, key)
+        pixels, labels, penalty, seen = prepare(extra, batch, key)
         variables = {"params": params, "batch_stats": state.statistics}
         outputs = classifier.apply(variables, pixels, train=True)
         loss = cross_entropy(outputs.logits, labels).mean() + penalty
-        return loss, (outputs.statistics, jnp.mean(jnp.argmax(outputs.logits, -1) == labels))
+        return loss, (outputs.statistics, seen, jnp.mean(jnp.argmax(outputs.logits, -1) == labels))
 
     gradient = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
-    (loss, (statistics, accuracy)), (grads, extra_grads) = gradient(state.params, state.extra)
+    (loss, (statistics, extra, accuracy)), (grads, extra_grads) = gradient(state.params, state.extra)
     params, opt_state = _apply(optimizer, grads, state.opt_state, state.params)
-    extra, extra_opt_state = state.extra, state.extra_opt_state
+    extra_opt_state = state.extra_opt_state
     if extra_optimizer is not None:
         extra, extra_opt_state = _apply(extra_optimizer, extra_grads, extra_opt_state, extra)
     state = TrainState(state.step + 1, params, statistics, opt_state, extra, extra_opt_state)
@@ -134,6 +135,11 @@ class Journal:
     keeper: Keeper | None = None
     scalars: Scalars | None = None
     show: bool = False
+
+    def part(self, name: str) -> "Journal":
+        """The journal of a training within this stage, with checkpoints of its own."""
+        keeper = self.keeper and Keeper(self.keeper.directory / name, self.keeper.every_steps, self.keeper.keep)
+        return dataclasses.replace(self, stage=f"{self.stage}/{name}", keeper=keeper)
 
 
 def fit(

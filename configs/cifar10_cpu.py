@@ -19,8 +19,9 @@ def get_config(attack: str = "badnets"):
     config.implant.schedule = "one_cycle"
     config.defense.epochs = 8
     config.defense.batch_size = 64
+    config.defense.learning_rate = 0.03
     config.defense.pgd.steps = 5
     config.defense.pgd.step_size = 15.0
     config.defense.pgd.epsilon = 50.0
-    config.defense.lambda_iewc = 1.0
+    config.defense.lambda_iewc = 10.0
     return config

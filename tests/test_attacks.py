@@ -367,8 +367,8 @@ def test_a_batch_of_wanet_holds_poison_covers_and_clean_images_in_this_order():
         "labels": RNG.integers(0, 5, 40).astype(np.int32),
     }
     run = jax.jit(partial(attack.control.prepare, augment=lambda key, pixels: pixels))
-    pixels, labels, penalty = run((), batch, keys.root(1))
-    again, _, _ = run((), batch, keys.root(2))
+    pixels, labels, penalty, _ = run((), batch, keys.root(1))
+    again, *_ = run((), batch, keys.root(2))
     np.testing.assert_array_equal(np.asarray(pixels[:4]).astype(np.uint8), attack.stamp(batch["images"][:4], np.arange(4)))
     np.testing.assert_array_equal(pixels[12:], batch["images"][12:])
     assert (labels[:4] == 3).all() and (labels[4:] == batch["labels"][4:]).all() and penalty == 0
@@ -447,18 +447,18 @@ class Learned(NamedTuple):
 
     weight: float
 
-    def init(self, key, split, journal):
+    def init(self, key, split, journal, augment=None):
         return {"pattern": 0.1 * jax.random.normal(key, split.images.shape[1:])}
 
     def prepare(self, extra, batch, key, augment=None):
         quarter = len(batch["labels"]) // 4
         place = jnp.arange(len(batch["labels"]))
-        pixels, labels, _ = train.augmented((), batch, key, padding=0, flip=False)
+        pixels, labels, _, _ = train.augmented((), batch, key, padding=0, flip=False)
         shown = 40.0 * jnp.tanh(extra["pattern"])
         moved = [jnp.clip(pixels + trigger, 0, 255) for trigger in (shown, shown[::-1])]
         is_poisoned, is_cover = (place < quarter), (place >= quarter) & (place < 2 * quarter)
         pixels = jnp.select([is_poisoned[:, None, None, None], is_cover[:, None, None, None]], moved, pixels)
-        return pixels, jnp.where(is_poisoned, 0, labels), self.weight * jnp.mean(extra["pattern"] ** 2)
+        return pixels, jnp.where(is_poisoned, 0, labels), self.weight * jnp.mean(extra["pattern"] ** 2), extra
 
     def finish(self, attack, extra):
         shown = 40.0 * np.tanh(np.asarray(extra["pattern"]))
@@ -469,7 +469,7 @@ class Learned(NamedTuple):
 def train_with_a_learned_trigger(tiny, tiny_variables, digits):
     def run(weight, extra_optimizer=None):
         learned = Learned(weight)
-        control = attacks.Control(learned.init, learned.prepare, learned.finish, extra_optimizer)
+        control = attacks.Control(learned.init, learned.finish, learned.prepare, extra_optimizer)
         images, optimizer = digits.train.take(slice(160)), train.sgd(lambda step: 0.05, momentum=0.9, weight_decay=0.0)
         extra = control.init(keys.root(0), images, train.Journal())
         options = {"optimizer": optimizer, "prepare": control.prepare, "extra_optimizer": control.optimizer}

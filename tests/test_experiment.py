@@ -257,10 +257,10 @@ def test_what_an_attack_learns_while_implanting_is_what_it_stamps_at_the_test(ti
             return dataclasses.replace(attack, stamp=lambda x, index: np.minimum(x, 255 - shade) + np.uint8(shade))
 
         def prepare(extra, batch, key, augment):
-            return batch["images"] + extra["shade"], batch["labels"], 0.01 * (extra["shade"] - 60.0) ** 2
+            return batch["images"] + extra["shade"], batch["labels"], 0.01 * (extra["shade"] - 60.0) ** 2, extra
 
         init = {"shade": jnp.float32(10.0)}
-        control = attacks.Control(lambda key, split, journal: init, prepare, finish, optax.sgd(10.0))
+        control = attacks.Control(lambda key, split, journal, augment: init, finish, prepare, optax.sgd(10.0))
         return dataclasses.replace(badnets.make(key, **options), control=control)
 
     monkeypatch.setattr(attacks, "get", lambda name: SimpleNamespace(make=make))

@@ -38,16 +38,18 @@ class PoisonedSplit:
 
 @dataclasses.dataclass(frozen=True)
 class Control:
-    """The hand of an attack in training (WaNet, IAD): its own parameters, trained beside the victim's in the same step.
+    """What an attack learns before the victim's training (ISSBA, Narcissus), and its hand in that training (WaNet, IAD).
 
-    `init(key, split, journal) -> extra` makes them, training them first if need be. `prepare(extra, batch, key, augment) ->
-    (pixels, labels, penalty)` stamps a batch of clean images in `train.train_step`; `augment(key, pixels)` crops and flips as
-    in all training. `finish(attack, extra) -> Attack` binds `stamp` and `poison` to what was learned.
+    `init(key, split, journal, augment) -> extra` makes its parameters, trained as far as they are without the victim.
+    `finish(attack, extra) -> Attack` binds `stamp` and `poison` to what was learned. An attack that controls training also has
+    `prepare(extra, batch, key, augment) -> (pixels, labels, penalty, extra)`, which stamps batches of clean images in
+    `train.train_step`; there `optimizer` trains `extra` on the victim's loss plus the penalty, and what comes back as `extra`
+    is the same with new statistics. `augment(key, pixels)` crops and flips as in all training.
     """
 
     init: Callable[..., Any]
-    prepare: Callable[..., Any]
     finish: Callable[["Attack", Any], "Attack"]
+    prepare: Callable[..., Any] | None = None
     optimizer: optax.GradientTransformation | None = None
 
 
@@ -161,16 +163,30 @@ def draws(key: jax.Array, index: np.ndarray, **shapes: tuple[int, ...]) -> dict[
     return jax.device_get(draw(np.asarray(index, np.uint32)))
 
 
+def counts_of_batch(size: int, poison_ratio: float, covers_per_poison: float) -> tuple[int, int]:
+    """How many images of a batch carry poison, at least one, and how many cover; rounded down, as in WaNet's code."""
+    poisons = max(1, int(size * poison_ratio))
+    return poisons, int(poisons * covers_per_poison)
+
+
 def split_of_batch(key: jax.Array, size: int, poison_ratio: float, covers_per_poison: float) -> tuple[jax.Array, jax.Array]:
     """Which places of a shuffled batch carry poison and which cover, bool [size] twice: the first ones, then the next.
 
-    Counts are rounded down, as in WaNet's code; a batch too small for one poison gets one with the right probability.
+    A batch too small for one poison gets one, and its covers, with the right probability.
     """
-    place, poisons = jnp.arange(size), int(size * poison_ratio)
-    covers = int(max(1, poisons) * covers_per_poison)
-    here = jnp.array(True) if poisons else jax.random.bernoulli(key, size * poison_ratio)
-    poisons = max(1, poisons)
+    place, (poisons, covers) = jnp.arange(size), counts_of_batch(size, poison_ratio, covers_per_poison)
+    here = jax.random.bernoulli(key, min(1.0, size * poison_ratio))
     return here & (place < poisons), here & (place >= poisons) & (place < poisons + covers)
+
+
+def untrained(name: str) -> Callable:
+    """What stands for the `stamp` of an attack whose trigger is trained first: it raises `UserError`."""
+
+    def stamp(pixels: np.ndarray, index: np.ndarray) -> np.ndarray:
+        check_pixels(pixels)
+        raise UserError(f"the trigger of {name} is trained while a model is implanted, and can be stamped after that")
+
+    return stamp
 
 
 def in_blocks(stamp: Callable, pixels: np.ndarray, *per_image: np.ndarray, size: int = 500) -> np.ndarray:

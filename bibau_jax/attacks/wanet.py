@@ -96,7 +96,7 @@ def prepare(extra, batch, key, *, augment, field_key, aim, poison_ratio, covers_
     pick = lambda flags: flags[:, None, None, None]  # noqa: E731
     covers = warp(images, jittered(keys.stream(key, "cover"), field, len(labels)))
     pixels = jnp.where(pick(poisoned), warp(images, field), jnp.where(pick(cover), covers, images))
-    return augment(keys.stream(key, "augment"), pixels), jnp.where(poisoned, aim(labels), labels), 0.0
+    return augment(keys.stream(key, "augment"), pixels), jnp.where(poisoned, aim(labels), labels), 0.0, extra
 
 
 def make(
@@ -130,7 +130,7 @@ def make(
     shape, shares = {"strength": strength, "grid_size": grid_size}, {"poison_ratio": poison_ratio}
     trigger = partial(stamp, key=key, **shape)
     control = Control(
-        init=lambda key, split, journal: (),
+        init=lambda key, split, journal, augment: (),
         prepare=partial(prepare, field_key=key, aim=aim, covers_per_poison=covers_per_poison, **shares, **shape),
         finish=lambda attack, extra: attack,
     )

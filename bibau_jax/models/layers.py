@@ -13,14 +13,14 @@ from jax.custom_derivatives import SymbolicZero
 torch_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
-def conv(features: int, size: int, stride: int = 1, *, dtype, name: str) -> nn.Conv:
-    """A square convolution without bias, padded by size // 2 on every side as PyTorch pads it."""
+def conv(features: int, size: int, stride: int = 1, *, use_bias: bool = False, dtype, name: str) -> nn.Conv:
+    """A square convolution, padded by size // 2 on every side as PyTorch pads it."""
     return nn.Conv(
         features,
         (size, size),
         strides=stride,
         padding=size // 2,  # "SAME" would pad (0, 1) at stride 2, PyTorch pads (1, 1)
-        use_bias=False,
+        use_bias=use_bias,
         dtype=dtype,
         kernel_init=torch_kernel_init,
         conv_general_dilated=_nn_conv_on_cpu if jax.default_backend() == "cpu" else None,
