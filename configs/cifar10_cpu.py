@@ -23,5 +23,6 @@ def get_config(attack: str = "badnets"):
     config.defense.pgd.steps = 5
     config.defense.pgd.step_size = 15.0
     config.defense.pgd.epsilon = 50.0
+    config.defense.lambda_ewc = 0.2
     config.defense.lambda_iewc = 10.0
     return config
