@@ -62,6 +62,12 @@ def load(path, like=None):
     return (tree if like is None else _fit(path, tree, like)), info
 
 
+def info(path) -> dict:
+    """What was saved beside a checkpoint's arrays, with their digest `sha256`, without reading them; UserError if damaged."""
+    manifest = _read_manifest(Path(path))
+    return {**manifest["info"], "sha256": manifest["sha256"]}
+
+
 class Keeper:
     """The numbered checkpoints of one run in progress: the newest `keep` of those saved every `every_steps` steps.
 

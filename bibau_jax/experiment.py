@@ -6,6 +6,7 @@ checkpoint when it was cut off.
 
 import dataclasses
 import inspect
+import re
 import shlex
 import sys
 from functools import cached_property, partial
@@ -143,8 +144,7 @@ def implant(this: Run, command: str) -> None:
 
 def _train_model(this: Run, stage: str, command: str, *, poisoned: bool) -> None:
     folder = this.folder / stage
-    if (folder / "model").exists():
-        progress.say(f"{stage}: done", show=parallel.is_lead())
+    if _is_done(this, stage, command):
         return
     attack, split, section = this.attack, this.splits.train, this.config["implant"]
     key = keys.stream(this.key, "implant")  # the twin starts from the same weights and sees the same order
@@ -208,12 +208,25 @@ def _finish(this: Run, stage: str, tree, history, spent, command: str) -> None:
     update(this, command, stages={stage: records.StageCost(**info["cost"])})
 
 
+def _is_done(this: Run, stage: str, command: str) -> bool:
+    """Whether the stage's model is there; its cost is written into the record again if a kill came between the two."""
+    folder = this.folder / stage / "model"
+    if not folder.exists():
+        return False
+    progress.say(f"{stage}: done", show=parallel.is_lead())
+    path = this.folder / "record.json"
+    if not path.exists() or stage not in records.read(path).stages:
+        update(this, command, stages={stage: records.StageCost(**checkpoint.info(folder)["cost"])})
+    return True
+
+
 def load_model(this: Run, stage: str) -> tuple[dict, object, dict]:
     """(variables, the attack's own parameters, info) of a finished stage."""
     like = jax.eval_shape(this.classifier.init, jax.random.key(0))
     tree, info = checkpoint.load(this.model_folder(stage))
     tree = {"extra": (), **tree}
-    if jax.tree.structure(tree["variables"]) != jax.tree.structure(like):
+    shapes = [[(str(path), leaf.shape) for path, leaf in jax.tree.leaves_with_path(t)] for t in (tree["variables"], like)]
+    if shapes[0] != shapes[1]:
         raise UserError(f"{this.model_folder(stage)} does not hold this network's parameters")
     return tree["variables"], tree["extra"], info
 
@@ -233,8 +246,7 @@ def purify(this: Run, command: str) -> None:
     variables, _, _ = load_model(this, "implant")
     for row in this.rows:
         stage = f"purify/{row}"
-        if (this.folder / stage / "model").exists():
-            progress.say(f"{stage}: done", show=parallel.is_lead())
+        if _is_done(this, stage, command):
             continue
         with cost.measure() as spent:
             purified = defenses.get(row).purify(
@@ -258,9 +270,16 @@ def evaluate(this: Run, command: str) -> None:
     """Clean accuracy, attack success rate and robust accuracy of every model there is, on the whole test set."""
     stages = {"none": "implant"} | ({"clean": "clean"} if this.config["implant"]["clean_twin"] != "none" else {})
     stages |= {row: f"purify/{row}" for row in this.rows}
-    named = {_name(this, row): (row, stage) for row, stage in stages.items()}
+    named = {_name(this, row): (_label(this, row), stage) for row, stage in stages.items()}
     path = this.folder / "record.json"
-    if path.exists() and named.keys() <= records.read(path).metrics.keys() and (this.folder / "strip.npz").exists():
+    told = records.read(path).metrics if path.exists() else {}
+    same = (
+        name in told
+        and told[name].defense == label
+        and told[name].extra.get("model_sha256") == checkpoint.info(this.model_folder(stage))["sha256"]
+        for name, (label, stage) in named.items()
+    )
+    if all(same) and (this.folder / "strip.npz").exists():
         progress.say("evaluate: done", show=parallel.is_lead())
         return
     attack, _ = _attack_as_trained(this)
@@ -270,15 +289,16 @@ def evaluate(this: Run, command: str) -> None:
         metrics, predict = {}, partial(train.predict, this.classifier)
         variables = {}
         with progress.bar(len(named), "evaluate", unit="model", show=parallel.is_lead()) as bar:
-            for name, (row, stage) in named.items():
+            for name, (label, stage) in named.items():
                 variables[name], _, info = load_model(this, stage)
                 clean, hit = predict(variables[name], test.images), predict(variables[name], triggered)
                 metrics[name] = records.Measurement(
-                    row,
+                    label,
                     records.Rate(*rates.clean_accuracy(clean, test.labels)),
                     records.Rate(*rates.attack_success_rate(hit, test.labels, aims)),
                     records.Rate(*rates.robust_accuracy(hit, test.labels, aims)),
                     info["seconds"],
+                    {"model_sha256": info["sha256"]},
                 )
                 bar.advance()
         _write_arrays(this.folder / "strip.npz", _strip(this, attack, variables))
@@ -287,6 +307,12 @@ def evaluate(this: Run, command: str) -> None:
 
 def _name(this: Run, row: str) -> str:
     return "purified" if row == this.config["defense"]["name"] else MODELS.get(row, row)
+
+
+def _label(this: Run, row: str) -> str:
+    """The row's name in tables: of an ablation, "bibau_u:+A"."""
+    ablation = this.config["defense"]["ablation"]
+    return f"{row}:{ablation}" if row in ("bibau_t", "bibau_u") and ablation != "+A+B" else row
 
 
 def _strip(this: Run, attack: attacks.Attack, variables: dict) -> dict:
@@ -355,5 +381,6 @@ def write_report(this: Run, command: str) -> None:
 
 def command_line() -> str:
     """The command that started this program, for all stages: run in another folder, it makes the same record."""
-    kept = [flag for flag in sys.argv[1:] if not flag.lstrip("-").startswith("config.stages=")]
+    told = " ".join(map(shlex.quote, sys.argv[1:]))
+    kept = shlex.split(re.sub(r"(^|\s)--?config\.stages[= ]\S+", "", told))
     return shlex.join(["python", "-m", "bibau_jax.main", *kept])

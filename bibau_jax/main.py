@@ -27,10 +27,22 @@ def fail(message) -> None:
     sys.exit(2)
 
 
+def _config_first(flags: list[str]) -> list[str]:
+    """The flags with the config's file in front: settings can only be overridden once it is read, wherever it was written."""
+    first, rest, waiting = [], [], iter(flags)
+    for flag in waiting:
+        name, equals, _ = flag.partition("=")
+        if name.lstrip("-") == "config" and flag.startswith("-"):
+            first += [flag] if equals else [flag, *[value for value in [next(waiting, None)] if value is not None]]
+        else:
+            rest.append(flag)
+    return first + rest
+
+
 def parse(argv: list[str]) -> list[str]:
     """Reads the flags; what is wrong with them, or with the config file, ends the program in one line."""
-    # The settings can only be overridden once their file is read, so that comes first wherever it was written.
-    sys.argv[1:] = argv[1:] = sorted(argv[1:], key=lambda flag: not flag.lstrip("-").startswith("config="))
+    argv[1:] = _config_first(argv[1:])
+    sys.argv[1:] = argv[1:]
     try:
         rest = flags.FLAGS(argv)
         if CONFIG.value is None:
@@ -41,7 +53,10 @@ def parse(argv: list[str]) -> list[str]:
     except (AttributeError, KeyError) as error:
         reason = str(error.args[0])
         nested = reason.startswith("'\\'")  # of a section within a section the message comes in quotes
-        fail(f"unknown setting {ast.literal_eval(reason) if nested else reason}")
+        reason = ast.literal_eval(reason) if nested else reason
+        name = reason.split("'")[1] if "'" in reason else reason
+        where = next((flag for flag in argv if f".{name}" in flag.partition("=")[0]), "").partition("=")[0]
+        fail(f"unknown setting {reason}" + (f" (in {where})" if where else ""))
     except (flags.Error, OSError, ImportError, SyntaxError, TypeError, ValueError) as error:
         fail(str(error).removeprefix("Configuration is not available because of an earlier failure to load: "))
     if not WORKDIR.value:

@@ -1,11 +1,12 @@
 """Everything that can be wrong with the settings of a run, found before anything is written or computed."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bibau_jax import attacks, defenses, models, parallel, train, workdir
+from bibau_jax import attacks, defenses, models, parallel, records, train, workdir
 from bibau_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,6 +37,11 @@ def stages(listed: str, known: tuple[str, ...]) -> list[str]:
 def check(run: "Run", wanted: list[str]) -> None:
     """Raises `UserError` on the first setting that the stages in `wanted` cannot be run with."""
     config = run.config
+    _numbers(config)
+    if (run.folder / "record.json").exists():
+        records.read(run.folder / "record.json")  # a damaged one would lose what is measured from here on
+    if not set(wanted) - {"report"}:
+        return
     models.check(config["model"]["name"])
     attacks.get(config["attack"]["name"])
     for row in run.rows:
@@ -52,10 +58,22 @@ def check(run: "Run", wanted: list[str]) -> None:
         if hasattr(defenses.get(row), "check"):
             defenses.get(row).check(run.classifier.num_classes, **run.options(row))
     _attack(run)
-    if "implant" in wanted and config["implant"]["reuse"]:
+    for section, images in (("implant", run.splits.train), ("defense", run.splits.clean)):
+        taken = min(config[section]["batch_size"], len(images))  # a batch is at most the whole set
+        parallel.check_batch(taken, f"{section}.batch_size (of {len(images)} images)")
+    if config["implant"]["reuse"]:
         _same_model(run, "reuse", "implant", (*IMPLANT_PARTS, "attack", "implant"))
-    if "implant" in wanted and config["implant"]["clean_twin"] not in ("train", "none"):
+    if config["implant"]["clean_twin"] not in ("train", "none"):
         _same_model(run, "clean_twin", "clean", (*IMPLANT_PARTS, "implant"))
+
+
+def _numbers(config: dict) -> None:
+    """Refuses numbers that are not finite, and seeds that no key can be made of."""
+    for name, value in workdir.flat(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{name} is {value}; it must be a finite number")
+    if not 0 <= config["seed"] < 2**31:
+        raise UserError(f"seed {config['seed']} is outside 0..{2**31 - 1}")
 
 
 def _training(name: str, section: dict) -> None:

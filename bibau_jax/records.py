@@ -92,18 +92,38 @@ def write(path, record: Record) -> None:
     entry["stages"] = {name: dataclasses.asdict(cost) for name, cost in record.stages.items()}
     entry["metrics"] = {name: _measurement_entry(metric) for name, metric in record.metrics.items()}
     text = json.dumps(_plain(entry), indent=1, allow_nan=False) + "\n"
-    part = path.with_name(f".{path.name}.part-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+    except OSError as error:
+        raise _disk_error("write", path, error) from error
+
+
+def write_text(path, text: str) -> None:
+    """Writes a small file whole or not at all, replacing an older one; OSError if the disk refuses."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
         with open(part, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError as error:
+    except OSError:
         with contextlib.suppress(OSError):
             part.unlink()
-        raise _disk_error("write", path, error) from error
+        raise
+
+
+def flat(config: dict, prefix: str = "") -> dict:
+    """A nested dict as {"defense.pgd.steps": 20, ...}; sequences as lists."""
+    pairs = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            pairs |= flat(value, f"{prefix}{name}.")
+        else:
+            pairs[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
+    return pairs
 
 
 def read(path) -> Record:

@@ -179,7 +179,7 @@ def fit(
     done = int(state.step)
     with progress.bar(epochs * run.steps, journal.stage, start=done, show=journal.show) as bar:
         for epoch in range(done // run.steps, epochs):
-            begun = time.monotonic()
+            begun = time.monotonic() - tally.seconds
             first = int(state.step) - epoch * run.steps
             if first == 0 and before_epoch is not None:
                 state = before_epoch(state, epoch)
@@ -187,7 +187,7 @@ def fit(
             if whole and first == 0:
                 state, tally = run.epoch(state, frozen, data, order, bar)
             else:
-                state, tally = run.by_steps(state, frozen, data, order, first, tally, history, bar)
+                state, tally = run.by_steps(state, frozen, data, order, first, tally, history, bar, begun)
             entry = tally.means() | (after_epoch(state, epoch) if after_epoch else {})
             seconds = round(time.monotonic() - begun, 3)
             history = [*history, {"epoch": epoch + 1, "step": int(state.step), "seconds": seconds, **entry}]
@@ -196,6 +196,7 @@ def fit(
             tally = Tally()
             if journal.keeper is not None and (whole or epoch + 1 == epochs):
                 run.save(state, history, tally)
+    run.check_finite(state)
     return state, history
 
 
@@ -206,10 +207,10 @@ def _order(key, epoch, size, steps, batch_size):
 
 
 class Tally:
-    """Sums of metrics over the steps of one epoch."""
+    """Sums of metrics over the steps of one epoch, and the seconds that it took before it was cut off."""
 
-    def __init__(self, sums: dict[str, float] | None = None, count: int = 0):
-        self.sums, self.count = dict(sums or {}), count
+    def __init__(self, sums: dict[str, float] | None = None, count: int = 0, seconds: float = 0.0):
+        self.sums, self.count, self.seconds = dict(sums or {}), count, seconds
 
     def add(self, metrics: dict) -> None:
         """Adds arrays [steps] or scalars of every metric."""
@@ -244,10 +245,16 @@ class _Run:
         if keeper is None or keeper.latest() is None:
             return state, [], Tally()
         _, state, info = keeper.restore(state)
-        return parallel.replicate(state), info["history"], Tally(info["sums"], info["count"])
+        return parallel.replicate(state), info["history"], Tally(info["sums"], info["count"], info["seconds"])
+
+    def check_finite(self, state):
+        """The loss of a step is that of the parameters before it: those after it are looked at here."""
+        if not _is_finite(state):
+            self._stop("what was trained is not finite", int(state.step))
 
     def save(self, state, history, tally):
-        info = {"history": history, "sums": tally.sums, "count": tally.count}
+        self.check_finite(state)
+        info = {"history": history, "sums": tally.sums, "count": tally.count, "seconds": tally.seconds}
         self.journal.keeper.save(int(state.step), state, info)
 
     def epoch(self, state, frozen, data, order, bar):
@@ -258,7 +265,7 @@ class _Run:
         bar.advance(self.steps, loss=tally.means()["loss"])
         return state, tally
 
-    def by_steps(self, state, frozen, data, order, first, tally, history, bar):
+    def by_steps(self, state, frozen, data, order, first, tally, history, bar, since):
         waiting, begun, keeper = [], int(state.step) - first, self.journal.keeper
         fetched = time.monotonic()
         for row in range(first, self.steps):
@@ -273,6 +280,7 @@ class _Run:
                 bar.advance(len(waiting), loss=float(stacked["loss"][-1]))
                 waiting, fetched = [], time.monotonic()
             if due:
+                tally.seconds = time.monotonic() - since
                 self.save(state, history, tally)
         return state, tally
 
@@ -280,15 +288,22 @@ class _Run:
         loss = np.atleast_1d(metrics["loss"])
         bad = np.flatnonzero(~np.isfinite(loss))
         if len(bad):
-            keeper = self.journal.keeper
-            kept = (
-                f"the checkpoint of step {keeper.latest()} is kept" if keeper and keeper.latest() else "nothing was saved yet"
-            )
-            raise UserError(
-                f"{self.journal.stage}: the loss is {loss[bad[0]]} at step {before + bad[0] + 1}; {kept}; "
-                "a lower learning rate or smaller penalties may help"
-            )
+            self._stop(f"the loss is {loss[bad[0]]}", before + bad[0] + 1)
         tally.add(metrics)
+
+    def _stop(self, what, step):
+        latest = self.journal.keeper and self.journal.keeper.latest()
+        kept = f"the checkpoint of step {latest} is kept" if latest else "nothing was saved yet"
+        raise UserError(
+            f"{self.journal.stage}: {what} at step {step}; {kept}; "
+            "a lower learning rate or smaller penalties, in another --workdir, may help"
+        )
+
+
+@jax.jit
+def _is_finite(tree):
+    floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in floats])) if floats else jnp.array(True)
 
 
 @partial(jax.jit, static_argnums=0)

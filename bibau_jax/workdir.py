@@ -1,26 +1,15 @@
 """A run's folder: claimed for one config, so that nobody's results are overwritten by another's."""
 
 import json
-import os
 import pathlib
 
 from bibau_jax import parallel
 from bibau_jax.errors import UserError
+from bibau_jax.records import flat, write_text
 
 # What may change between two starts of the same run: where things lie and what else is asked for, never what was computed.
 FREE = ("stages", "tensorboard", "checkpoint_every", "distributed", "data.data_dir", "data.manual_dir", "data.download")
 ADDABLE = ("defense.beside", "implant.reuse", "implant.clean_twin")
-
-
-def flat(config: dict, prefix: str = "") -> dict:
-    """A nested dict as {"defense.pgd.steps": 20, ...}; sequences as lists."""
-    pairs = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            pairs |= flat(value, f"{prefix}{name}.")
-        else:
-            pairs[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
-    return pairs
 
 
 def differences(old: dict, new: dict, ignore=(*FREE, *ADDABLE)) -> list[str]:
@@ -47,7 +36,7 @@ def claim(workdir, config: dict) -> pathlib.Path:
         changed = differences(read_config(folder), config, (*FREE, *ADDABLE, *undecided))
         if changed:
             raise UserError(f"{workdir} holds a run of another config ({'; '.join(changed)}); choose another --workdir")
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - {marker.name + ".part"}):
         raise UserError(f"{workdir} exists and is not a run of this program; choose another --workdir")
     parallel.wait("claim")  # nobody writes before everybody has looked
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
@@ -65,16 +54,9 @@ def read_config(folder: pathlib.Path) -> dict:
     """The config that a run's folder is marked with; `UserError` where there is none or it is damaged."""
     marker = pathlib.Path(folder) / "config.json"
     try:
-        return json.loads(marker.read_text())
+        config = json.loads(marker.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{marker} cannot be read as a run's config: {error}") from error
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a small file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    if not isinstance(config, dict):
+        raise UserError(f"{marker} cannot be read as a run's config: it is no JSON object")
+    return config

@@ -71,6 +71,7 @@ def get_config() -> ConfigDict:
     config.implant.weight_decay = 5e-4
 
     config.defense = defense()
+    config.defense.target_label = config.attack.get_ref("target_label") + 0  # follows the attack's until it is set itself
     return config
 
 

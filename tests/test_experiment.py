@@ -190,10 +190,12 @@ def test_the_backdoored_model_and_the_twin_of_another_run_can_be_taken(finished,
         ("clean_twin", {"data.train_size": 199}, "data.train_size: 200 -> 199"),
     ],
 )
-def test_a_model_of_other_settings_is_not_taken(finished, tiny_config, tmp_path, setting, change, words):
+@pytest.mark.parametrize("stages", ["implant", "purify,evaluate"])
+def test_a_model_of_other_settings_is_not_taken(finished, tiny_config, tmp_path, stages, setting, change, words):
     _, folder, _ = finished
     with pytest.raises(UserError, match=f"implant.{setting}=.* was trained with other settings .*{words}"):
-        experiment.run(tiny_config({f"implant.{setting}": str(folder)} | change), str(tmp_path / "run"))
+        config = tiny_config({f"implant.{setting}": str(folder)} | change, stages=stages)
+        experiment.run(config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()  # found out before anything was trained
 
 
@@ -232,6 +234,40 @@ def test_the_defence_may_still_change_until_something_was_purified(copy, tiny_co
     assert workdir.read_config(folder)["defense"]["eta"] == 0.1
     with pytest.raises(UserError, match=r"another config \(implant.epochs: 1 -> 2\)"):
         experiment.run(tiny_config(WITH_ALL | {"implant.epochs": 2}), str(folder))
+
+
+def test_models_purified_anew_are_measured_anew(copy, tiny_config):
+    _, folder, record = copy
+    shutil.rmtree(folder / "purify")
+    found = experiment.run(tiny_config(WITH_ALL | {"defense.learning_rate": 0.01}), str(folder))
+    assert found.config["defense"]["learning_rate"] == 0.01
+    for name in ("purified", "finetuned"):
+        assert found.metrics[name].extra["model_sha256"] != record.metrics[name].extra["model_sha256"]
+    assert found.metrics["clean"] == record.metrics["clean"]
+
+
+def test_what_a_stage_cost_is_told_again_after_a_kill_between_model_and_record(copy):
+    config, folder, record = copy
+    (folder / "record.json").unlink()
+    assert experiment.run(config, str(folder), record.command) == dataclasses.replace(
+        record, stages=record.stages | {"evaluate": records.read(folder / "record.json").stages["evaluate"]}
+    )
+
+
+def test_a_damaged_record_is_found_before_anything_is_computed(copy):
+    config, folder, _ = copy
+    shutil.rmtree(folder / "purify")
+    (folder / "record.json").write_text('{"config": {"da')
+    before = snapshot(folder)
+    with pytest.raises(UserError, match="record.json is not a record: not valid JSON"):
+        experiment.run(config, str(folder))
+    assert snapshot(folder) == before
+
+
+def test_an_ablation_is_told_by_its_name(tiny_config, tmp_path):
+    found = experiment.run(tiny_config({"defense.ablation": "+A"}), str(tmp_path / "run"))
+    assert found.metrics["purified"].defense == "bibau_u:+A"
+    assert "BI-BAU (U), +A" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_what_does_not_change_results_may_differ(copy, tiny_config):

@@ -255,6 +255,37 @@ def test_a_seed_measured_twice_with_other_results_is_marked(folder, tmp_path):
     assert marked == ["bibau_u"] and "4 †" in page.decode()
 
 
+def test_runs_with_other_settings_are_lines_of_their_own_where_the_settings_matter(folder, tmp_path):
+    other = record_dict(7, purified_ca=400)
+    other["config"]["defense"]["iewc_cap"] = 10.0
+    other["config"]["attack"]["wanet"] = {"strength": 0.5}  # a setting of another attack, unknown to the older records
+    (folder / "other.json").write_text(json.dumps(other))
+    _, page, data = built(folder, tmp_path / "results")
+    lines = [s for s in json.loads(data)["summary"] if s["attack"] == "badnets"]
+    assert {(s["defense"], s["variant"]): s["n"] for s in lines} == {
+        **dict.fromkeys([("none", 1), ("clean", 1), ("ft", 1), ("base_at", 1)], 4),
+        ("bibau_u", 1): 3,
+        ("bibau_u", 2): 1,
+    }
+    assert next(s for s in lines if s["variant"] == 2)["settings"] == "defense.iewc_cap 10.0 instead of 100.0"
+    assert "BI-BAU (U) (settings 2), BadNets: defense.iewc_cap 10.0 instead of 100.0." in page.decode()
+
+
+def test_an_ablation_is_a_row_of_its_own_beside_the_whole_method(folder, tmp_path):
+    ablated = record_dict(0, purified_ca=400)
+    ablated["metrics"]["purified"]["defense"] = "bibau_u:+A"
+    (folder / "ablated.json").write_text(json.dumps(ablated))
+    rows = json.loads(built(folder, tmp_path / "results")[2])["rows"]
+    names = [row["defense"] for row in rows if row["attack"] == "badnets"]
+    assert list(dict.fromkeys(names)) == ["none", "clean", "ft", "base_at", "bibau_u", "bibau_u:+A"]
+    assert words.defense("bibau_t:base_at") == "BI-BAU (T), Base AT"
+
+
+def test_a_readme_that_is_not_there_is_one_line_before_anything_is_written(folder, tmp_path, capsys):
+    assert tables.main([str(folder), "--out", str(tmp_path / "results"), "--readme", str(tmp_path / "README.md")]) == 1
+    assert "there is no file" in capsys.readouterr().err and not (tmp_path / "results.md").exists()
+
+
 def test_a_corrupted_record_is_named_skipped_and_the_exit_status_is_1(folder, tmp_path, capsys):
     clean = built(folder, tmp_path / "results")
     (folder / "torn.json").write_text('{"config": {"data"')

@@ -264,6 +264,21 @@ def test_a_loss_that_is_not_finite_stops_in_one_line_and_keeps_the_last_good_che
     assert step == good == int(state.step) and np.isfinite(state.total)
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_state_that_is_not_finite_is_not_saved_though_its_loss_was(tmp_path, whole):
+    def bursting(state, frozen, batch, key):
+        state, metrics = counting(state, frozen, batch, key)
+        return state.replace(total=jnp.where(state.step == 10, jnp.inf, state.total)), metrics | {"loss": 1.0}
+
+    keeper = Keeper(tmp_path, every_steps=2)
+    with pytest.raises(UserError, match="implant: what was trained is not finite at step 10; the checkpoint of step"):
+        count(step=bursting, journal=train.Journal("implant", keeper=keeper), whole_epochs=whole)
+    _, state, _ = keeper.restore(Counter(jnp.int32(0), jnp.float32(0)))
+    assert np.isfinite(state.total)
+    with pytest.raises(UserError, match="training: what was trained is not finite at step 10; nothing was saved yet"):
+        count(step=bursting, whole_epochs=whole)
+
+
 def test_without_a_checkpoint_the_message_says_so():
     with pytest.raises(UserError, match="training: the loss is inf at step 3; nothing was saved yet"):
         count(step=partial(counting, bad_step=3))

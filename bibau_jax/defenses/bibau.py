@@ -60,7 +60,7 @@ def adversarial_objective(
         towards = jnp.full_like(labels, target)
         objective = -terms.cross_entropy(suspicious, towards)
         fooled = jnp.argmax(suspicious, -1) == target
-    parts = {"fooled": fooled}
+    parts = {"fooled": fooled, "attack": objective}
     if weights.kd or weights.prior:
         current = classifier.apply(variables, adversarial)
         parts["kept"] = jnp.argmax(current.logits, -1) == labels
@@ -150,8 +150,9 @@ def step(
 ):
     """One E-step and one M-step on a batch {"images" uint8, "labels"}; `frozen` holds the backdoored model's variables.
 
-    The metrics are every term's value, the two quadratic forms, whether L_iewc has a gradient, and Proposition 4.3 as two
-    shares of x': `fooled` (the backdoored model is taken in) and `kept` (the current model still sees the true class).
+    The metrics are every term's value (`attack` is the E-step's first), the two quadratic forms, whether L_iewc has a gradient,
+    and Proposition 4.3 as two shares of x': `fooled` (the backdoored model is taken in) and `kept` (the current model still
+    sees the true class).
     """
     backdoored, labels = frozen["backdoored"], batch["labels"]
     images = crop_and_flip(keys.stream(key, "augment"), batch["images"], padding=padding, flip=flip).astype(jnp.float32)

@@ -150,9 +150,10 @@ def _table(record) -> str:
     inside = f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
     text = (
         "CA: clean accuracy. ASR: share of triggered images, target class left out, that get the target class. Robust "
-        "accuracy: share of triggered images that get their true class. Clean twin: the same training "
-        "without poison. Small figures are the counts."
+        "accuracy: share of triggered images that get their true class. Small figures are the counts."
     )
+    if any(measured.defense == "clean" for measured in record.metrics.values()):
+        text += " Clean twin: the same training without poison."
     return _section("numbers", "Every model, counted", _wide(inside, "numbers", "Every model, counted"), text) if body else ""
 
 
@@ -208,17 +209,9 @@ def _costs(record) -> str:
     return _section("costs", "What it cost", _wide(inside, "numbers costs", "Cost of the stages"))
 
 
-def flat(tree: dict, prefix: str = "") -> dict:
-    """A nested dict as one with dotted keys, e.g. `attack.poison_ratio`."""
-    out = {}
-    for key, value in tree.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return out
-
-
 def _settings(record) -> str:
     """The config as rows: what the command line set first, marked, then the rest in the record's order."""
-    settings = flat(record.config)
+    settings = records.flat(record.config)
     given = [name for name in settings if f"--config.{name}=" in record.command or f"--config.{name} " in record.command]
     rows = []
     for name in (*given, *(name for name in settings if name not in given)):

@@ -18,9 +18,14 @@ from bibau_jax.report import words
 
 RATES = ("ca", "asr", "robust_accuracy")
 HEADINGS = {"ca": "CA", "asr": "ASR", "robust_accuracy": "Robust accuracy", "ca_loss": "CA loss", "seconds": "Seconds"}
-GROUP = ("dataset", "model", "attack", "defense")
+GROUP = ("dataset", "model", "attack", "defense", "variant")
 SETTINGS = ("train_size", "clean_size")
-COLUMNS = (*GROUP, "seed", *RATES, "ca_loss", *(f"{r}_{part}" for r in RATES for part in ("hits", "count")))
+# What a run's numbers do not depend on, so that it does not set two runs apart.
+FREE = ("seed", "stages", "tensorboard", "checkpoint_every", "distributed", "data.data_dir", "data.manual_dir", "data.download")
+FREE += (*(f"data.{name}" for name in SETTINGS), "defense.name", "defense.beside", "implant.reuse", "implant.clean_twin")
+TRAINING = ("epochs", "batch_size", "learning_rate", "schedule", "momentum", "weight_decay")
+USES = {"none": (), "clean": (), "ft": TRAINING, "base_at": (*TRAINING, "pgd", "max_grad_norm")}  # of the defence's settings
+COLUMNS = (*GROUP, "settings", "seed", *RATES, "ca_loss", *(f"{r}_{part}" for r in RATES for part in ("hits", "count")))
 COLUMNS = (*COLUMNS, "seconds", *SETTINGS, "device", "record")  # every other key of a row is a further measurement
 OPEN, CLOSE = "<!-- text -->", "<!-- /text -->"
 
@@ -69,6 +74,8 @@ def _row(record, measured, name: str) -> dict:
         "model": words.model(config["model"]),
         "attack": config["attack"]["name"],
         "defense": measured.defense,
+        "variant": 1,
+        "settings": "",
         "seed": record.seed,
     }
     for key in RATES:
@@ -82,7 +89,42 @@ def _row(record, measured, name: str) -> dict:
 
 def _sorting_key(row: dict) -> tuple:
     place = (words.order(words.ATTACKS, row["attack"]), words.order(words.DEFENSES, row["defense"]))
-    return (row["dataset"], row["model"], *place, row["seed"], row["record"])
+    return (row["dataset"], row["model"], *place, row["variant"], row["seed"], row["record"])
+
+
+def relevant(config: dict, defense: str) -> dict:
+    """The settings that a row's numbers depend on, flat: {"implant.epochs": 15, ...}."""
+    base, attack = defense.partition(":")[0], config["attack"]["name"]
+    kept = {}
+    for name, value in records.flat(config).items():
+        section, _, rest = name.partition(".")
+        own = rest.partition(".")[0]
+        if any(name == free or name.startswith(f"{free}.") for free in FREE):
+            continue
+        if section == "attack" and isinstance(config["attack"].get(own), dict) and own != attack:
+            continue  # settings of other attacks, and below of other defences
+        if section == "defense" and isinstance(config["defense"].get(own), dict) and own not in ("pgd", base):
+            continue
+        if section == "defense" and own not in USES.get(base, (own,)):
+            continue
+        kept[name] = value
+    return kept
+
+
+def _set_apart(made, configs) -> None:
+    """Numbers the variants of a row whose runs had other settings, and says in "settings" how each differs from the first."""
+    known: dict[tuple, list[dict]] = {}
+    for row in sorted(made, key=_sorting_key):
+        settings = relevant(configs[row["record"]], row["defense"])
+        variants = known.setdefault(tuple(row[key] for key in GROUP[:-1]), [])
+        # Settings that an older record does not name yet set nothing apart.
+        unlike = [{n for n in settings.keys() & other.keys() if settings[n] != other[n]} for other in variants]
+        if all(unlike) or not unlike:
+            variants.append(settings)
+            unlike.append(set())
+        row["variant"] = [bool(names) for names in unlike].index(False) + 1
+        names = sorted(unlike[0]) if row["variant"] > 1 else []
+        row["settings"] = ", ".join(f"{n} {settings[n]} instead of {variants[0][n]}" for n in names)
 
 
 def rows(found) -> list[dict]:
@@ -91,15 +133,16 @@ def rows(found) -> list[dict]:
     Rates in percent with their counts, `ca_loss` in points against `none` of the same record (None without one), seconds,
     settings, device; further numbers of a measurement under their own names.
     """
-    named = found.items() if isinstance(found, dict) else ((f"{i:04d}", record) for i, record in enumerate(found))
+    named = dict(found if isinstance(found, dict) else ((f"{i:04d}", record) for i, record in enumerate(found)))
     made = []
-    for name, record in named:
+    for name, record in named.items():
         before = words.backdoored(record)
         for measured in record.metrics.values():
             row = _row(record, measured, name)
             if before is not None and row["ca"] is not None and words.rate(before.ca) is not None:
                 row["ca_loss"] = words.rate(before.ca) - row["ca"]
             made.append(row)
+    _set_apart(made, {name: record.config for name, record in named.items()})
     return sorted(made, key=_sorting_key)
 
 
@@ -126,7 +169,7 @@ def _without_repeats(made) -> list[dict]:
 
 
 def summary(made) -> list[dict]:
-    """Mean and sample standard deviation over seeds per (dataset, model, attack, defense), in the rows' order.
+    """Mean and sample standard deviation over seeds per (dataset, model, attack, defense, variant), in the rows' order.
 
     `differs` names what is not the same (or, for `seed`, is not different) among the runs of a line, so that nobody takes its
     spread for one over seeds.
@@ -140,7 +183,8 @@ def summary(made) -> list[dict]:
         seeds = [row["seed"] for row in members]
         differs = [name for name in SETTINGS if len({row[name] for row in members}) > 1]
         differs += ["seed"] if len(set(seeds)) < len(seeds) else []
-        line = dict(zip(GROUP, key, strict=True)) | {"n": len(members), "seeds": sorted(set(seeds)), "differs": differs}
+        line = dict(zip(GROUP, key, strict=True)) | {"settings": members[0]["settings"]}
+        line |= {"n": len(members), "seeds": sorted(set(seeds)), "differs": differs}
         measured = (*RATES, "ca_loss", "seconds", *further_columns(members))
         lines.append(line | {name: spread(row.get(name) for row in members) for name in measured})
     return lines
@@ -167,12 +211,13 @@ def _markdown_table(headings, left: int, lines) -> str:
 
 
 def _names(row: dict) -> tuple:
-    return (words.dataset(row["dataset"]), row["model"], words.attack(row["attack"]), words.defense(row["defense"]))
+    defense = words.defense(row["defense"]) + (f" (settings {row['variant']})" if row["variant"] > 1 else "")
+    return (words.dataset(row["dataset"]), row["model"], words.attack(row["attack"]), defense)
 
 
 def _summary_table(lines) -> str:
     more = [name for name in words.MEASURES if any(name in line for line in lines)]
-    known = {*GROUP, "n", "seeds", "differs", *HEADINGS, *more}
+    known = {*GROUP, "settings", "n", "seeds", "differs", *HEADINGS, *more}
     more += sorted({name for line in lines for name in line if name not in known})
     shown = ("ca", "ca_loss", "asr", *more, "robust_accuracy", "seconds")
     headings = (
@@ -239,6 +284,9 @@ def markdown(found: dict, text: str = f"{OPEN}\n{CLOSE}") -> str:
     )
     mixed = "† " + "; ".join(dict.fromkeys(f"{name} mixed" for line in lines for name in line["differs"]))
     note += f"\n\n{mixed}: this spread is not over seeds alone." if any(line["differs"] for line in lines) else ""
+    for line in lines:
+        if line["variant"] > 1:
+            note += f"\n\n{_names(line)[3]}, {words.attack(line['attack'])}: {_cell(line['settings'])}."
     head = f"{text}\n\n<!-- made from records by bibau_jax.report.tables; only the text above is written by hand -->\n"
     body = f"## Summary\n\n{_summary_table(lines)}\n{note}\n\n## Every run\n\n{_rows_table(made)}"
     return f"{head}\n{body}\n## Machines and commands\n\n{_machines(found)}"
@@ -272,9 +320,9 @@ def write(folder, out) -> tuple[list[Path], list[str]]:
     text = markdown(found, introduction(page))
     made = rows(found)
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(text, encoding="utf-8")
+    records.write_text(page, text)
     table = {"summary": summary(made), "rows": made}
-    data.write_text(json.dumps(table, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    records.write_text(data, json.dumps(table, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return [page, data], broken
 
 
@@ -290,7 +338,7 @@ def insert(readme, out) -> None:
     if start < 0 or end < 0:
         raise UserError(f"{readme} has no text between {opening} and <!-- /results -->")
     table = _summary_table(json.loads(Path(f"{out}.json").read_text(encoding="utf-8"))["summary"])
-    page.write_text(f"{text[: start + len(opening)]}\n{table}{text[end:]}", encoding="utf-8")
+    records.write_text(page, f"{text[: start + len(opening)]}\n{table}{text[end:]}")
 
 
 def main(arguments=None) -> int:
@@ -300,6 +348,9 @@ def main(arguments=None) -> int:
     parser.add_argument("--out", required=True, help="path of the results without suffix, e.g. results/cifar10_cpu")
     parser.add_argument("--readme", help="a Markdown file to put the summary into, between its result markers")
     flags = parser.parse_args(arguments)
+    if flags.readme and not Path(flags.readme).is_file():
+        print(f"error: there is no file {flags.readme}", file=sys.stderr)
+        return 1
     try:
         written, broken = write(flags.records, flags.out)
         if flags.readme:
@@ -307,6 +358,9 @@ def main(arguments=None) -> int:
             written.append(Path(flags.readme))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: cannot write {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
     for line in broken:
         print(f"skipped {line}", file=sys.stderr)

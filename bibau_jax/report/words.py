@@ -48,8 +48,9 @@ def attack(name) -> str:
 
 
 def defense(name) -> str:
-    """The defence's name as its paper writes it; a name not known is shown as it is."""
-    return DEFENSES.get(name, str(name))
+    """The defence's name as its paper writes it, with its ablation ("bibau_u:+A"); a name not known is shown as it is."""
+    base, _, ablation = str(name).partition(":")
+    return DEFENSES.get(base, base) + (f", {'Base AT' if ablation == 'base_at' else ablation}" if ablation else "")
 
 
 def dataset(name) -> str:
@@ -64,8 +65,8 @@ def measure(name: str) -> str:
 
 def order(known, name) -> tuple:
     """A sort key: the place of `name` among `known`, unknown names after all of them by alphabet."""
-    names = list(known)
-    return (names.index(name), "") if name in names else (len(names), str(name))
+    names, (base, _, ablation) = list(known), str(name).partition(":")
+    return (names.index(base), ablation) if base in names else (len(names), str(name))
 
 
 def is_number(value) -> bool:
@@ -132,7 +133,7 @@ def purified(record):
 def cost(record, measurement):
     """The StageCost of the stage that made a measured model, None where the record does not name it."""
     made_by = {"none": ("implant",), "clean": ("clean", "implant/clean", "twin")}
-    stages = made_by.get(measurement.defense, ()) + (f"purify/{measurement.defense}",)
+    stages = made_by.get(measurement.defense, ()) + (f"purify/{measurement.defense.partition(':')[0]}",)
     return next((record.stages[name] for name in stages if name in record.stages), None)
 
 
