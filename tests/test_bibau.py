@@ -20,7 +20,7 @@ L2 = bibau.Perturbation("l2", 200.0, 60.0, 2)
 ALL = bibau.Weights(1.0, 1.0, 1.0, 0.5, 0.5, 4.0, 0.5, "cosine", 100.0, "neg_log")
 NONE = ALL._replace(kd=0.0, prior=0.0, ewc=0.0, iewc=0.0)
 TERMS_OF_A, TERMS_OF_B = {"ewc_quadratic"}, {"iewc", "iewc_awake", "iewc_quadratic"}
-OF_BOTH = {"loss", "clean_loss", "adversarial_loss", "accuracy", "fooled", "kept"}
+OF_BOTH = {"attack", "loss", "clean_loss", "adversarial_loss", "accuracy", "fooled", "kept"}
 
 
 @pytest.fixture(scope="module")
