@@ -71,11 +71,14 @@ class Run:
 
     @cached_property
     def attack(self) -> attacks.Attack:
-        section = self.config["attack"]
-        module = attacks.get(section["name"])
-        shared = {name: section[name] for name in ("target_label", "poison_ratio", "mode")}
-        options = section.get(section["name"], {})
-        return module.make(keys.stream(self.key, "attack"), num_classes=self.dataset.num_classes, **shared, **options)
+        return self.attack_named(self.config["attack"]["name"])
+
+    def attack_named(self, name: str) -> attacks.Attack:
+        """An attack with its settings in the config, whether it is the run's own or another."""
+        section, options = self.config["attack"], self.config["attack"].get(name, {})
+        shared = {option: section[option] for option in ("target_label", "poison_ratio", "mode")}
+        key = keys.stream(self.key, "attack")
+        return attacks.get(name).make(key, num_classes=self.dataset.num_classes, **shared, **options)
 
     @property
     def rows(self) -> list[str]:
@@ -231,7 +234,7 @@ def load_model(this: Run, stage: str) -> tuple[dict, object, dict]:
     return tree["variables"], tree["extra"], info
 
 
-def _attack_as_trained(this: Run) -> tuple[attacks.Attack, dict]:
+def attack_as_trained(this: Run) -> tuple[attacks.Attack, dict]:
     """The attack with what it learned while implanting, and the backdoored model's variables."""
     variables, extra, _ = load_model(this, "implant")
     attack = this.attack
@@ -282,7 +285,7 @@ def evaluate(this: Run, command: str) -> None:
     if all(same) and (this.folder / "strip.npz").exists():
         progress.say("evaluate: done", show=parallel.is_lead())
         return
-    attack, _ = _attack_as_trained(this)
+    attack, _ = attack_as_trained(this)
     test = this.dataset.test
     with cost.measure() as spent:
         triggered, aims = attack.stamp(test.images, test.ids), attack.aim(test.labels)

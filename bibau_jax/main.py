@@ -39,8 +39,8 @@ def _config_first(flags: list[str]) -> list[str]:
     return first + rest
 
 
-def parse(argv: list[str]) -> list[str]:
-    """Reads the flags; what is wrong with them, or with the config file, ends the program in one line."""
+def read_flags(argv: list[str]) -> list[str]:
+    """Reads the flags; what is wrong with them, or with the config file, ends the program in one line. Returns the rest."""
     argv[1:] = _config_first(argv[1:])
     sys.argv[1:] = argv[1:]
     try:
@@ -59,10 +59,16 @@ def parse(argv: list[str]) -> list[str]:
         fail(f"unknown setting {reason}" + (f" (in {where})" if where else ""))
     except (flags.Error, OSError, ImportError, SyntaxError, TypeError, ValueError) as error:
         fail(str(error).removeprefix("Configuration is not available because of an earlier failure to load: "))
-    if not WORKDIR.value:
-        fail("where to? give --workdir, e.g. --workdir=runs/digits")
     if len(rest) > 1:
         fail(f'"{rest[1]}" is not a flag; settings are written --config.name=value')
+    return rest
+
+
+def parse(argv: list[str]) -> list[str]:
+    """As `read_flags`, and asks for a folder."""
+    rest = read_flags(argv)
+    if not WORKDIR.value:
+        fail("where to? give --workdir, e.g. --workdir=runs/digits")
     return rest
 
 

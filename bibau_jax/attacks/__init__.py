@@ -9,7 +9,7 @@ from bibau_jax.errors import unknown
 
 __all__ = ["Attack", "Control", "PoisonedSplit", "get", "names"]
 
-NOT_ATTACKS = {"protocol"}
+NOT_ATTACKS = {"protocol", "gallery"}
 
 
 def names() -> list[str]:

@@ -51,6 +51,7 @@ class Control:
     finish: Callable[["Attack", Any], "Attack"]
     prepare: Callable[..., Any] | None = None
     optimizer: optax.GradientTransformation | None = None
+    trains_trigger: bool = True  # whether `stamp` has to wait for `finish`
 
 
 @dataclasses.dataclass(frozen=True)

@@ -133,6 +133,7 @@ def make(
         init=lambda key, split, journal, augment: (),
         prepare=partial(prepare, field_key=key, aim=aim, covers_per_poison=covers_per_poison, **shares, **shape),
         finish=lambda attack, extra: attack,
+        trains_trigger=False,
     )
     poison = partial(dirty_label, key, stamp=trigger, aim=aim, covers_per_poison=covers_per_poison, **shares)
     return Attack("wanet", trigger, poison, aim, control)
