@@ -158,10 +158,14 @@ def _train_model(this: Run, stage: str, command: str, *, poisoned: bool) -> None
         if control:
             augment = partial(crop_and_flip, **shift)
             learned = _learned(this, control, key, split, augment)
-        if control and control.prepare:  # who controls training stamps every batch anew
+        hand = control if control and control.prepare else None  # in training
+        if hand:
             prepare, extra = partial(control.prepare, augment=augment), learned
-        elif poisoned:
+        if poisoned and not (hand and hand.stamps):  # who stamps every batch anew is given clean images
             training = (control.finish(attack, learned) if control else attack).poison(split)
+        told = {"images": training.images, "labels": training.labels}
+        if hand and not hand.stamps:
+            told |= {"poisoned": training.poisoned, "cover": training.cover}
         batch_size = min(section["batch_size"], len(split))
         schedule = train.learning_rate_schedule(
             section["schedule"], section["learning_rate"], section["epochs"] * (len(split) // batch_size)
@@ -177,14 +181,15 @@ def _train_model(this: Run, stage: str, command: str, *, poisoned: bool) -> None
                 extra_optimizer=extra_optimizer,
             ),
             train.new_state(this.classifier.init(keys.stream(key, "init")), optimizer, extra, extra_optimizer),
-            {"images": training.images, "labels": training.labels},
+            told,
             key=key,
             epochs=section["epochs"],
             batch_size=section["batch_size"],
             journal=this.journal(stage),
         )
-    if control and control.prepare:
+    if hand:
         learned = jax.device_get(state.extra)
+    if hand and hand.stamps:
         training = control.finish(attack, learned).poison(split)
     if poisoned:
         _write_arrays(folder / "poison.npz", training.flags())

@@ -101,15 +101,15 @@ def train_step(
     """One step of cross-entropy training on a batch {"images" uint8, "labels"}; returns (state, {"loss", "accuracy"}).
 
     `prepare(extra, batch, key) -> (pixels, labels, penalty, extra)` augments the batch; an attack that controls training stamps
-    triggers there. Its parameters `extra` are trained on the same loss plus its penalty; `prepare` may hand them back with new
-    statistics of their own.
+    triggers there. The penalty is a number, or a function of the model's outputs. The attack's parameters `extra` are trained
+    on the same loss plus the penalty; `prepare` may hand them back with new statistics of their own.
     """
 
     def objective(params, extra):
         pixels, labels, penalty, seen = prepare(extra, batch, key)
         variables = {"params": params, "batch_stats": state.statistics}
         outputs = classifier.apply(variables, pixels, train=True)
-        loss = cross_entropy(outputs.logits, labels).mean() + penalty
+        loss = cross_entropy(outputs.logits, labels).mean() + (penalty(outputs) if callable(penalty) else penalty)
         return loss, (outputs.statistics, seen, jnp.mean(jnp.argmax(outputs.logits, -1) == labels))
 
     gradient = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 # Of the whole training set, where it is not the usual tenth: what each attack's authors or BackdoorBench's curves recommend.
 POISON_RATIOS = {"sig": 0.05, "adap_blend": 0.003, "adap_patch": 0.003}
+POISON_RATIOS |= {"enhanced_adap_blend": 0.003, "enhanced_adap_patch": 0.003}
 
 
 def get_config() -> ConfigDict:
@@ -59,6 +60,8 @@ def get_config() -> ConfigDict:
     config.attack.adap_blend.pieces = 8  # of the picture's 16 in every training image
     config.attack.adap_blend.covers_per_poison = 1.0  # images with the trigger and their true labels
     config.attack.adap_patch = ConfigDict({"variant": "phoenix", "covers_per_poison": 2.0})  # phoenix or firefox at test
+    for name in ("adap_blend", "adap_patch"):  # the same, and the pull on poisoned features in training
+        config.attack[f"enhanced_{name}"] = ConfigDict(config.attack[name].to_dict() | {"coupling": 1.0})
 
     config.implant = ConfigDict()
     config.implant.reuse = ""  # workdir of a run whose backdoored model (same settings) to take instead of training one

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from bibau_jax import attacks, keys, train
-from bibau_jax.attacks import adap_patch, blended, protocol, refool, wanet
+from bibau_jax.attacks import adap_patch, blended, coupling, protocol, refool, wanet
 from bibau_jax.data import ImageSet
 from bibau_jax.errors import UserError
 from bibau_jax.metrics import rates
@@ -23,7 +23,7 @@ MODES = pytest.mark.parametrize("mode", protocol.MODES)
 RNG = np.random.default_rng(0)
 CLEAN_LABEL = {"sig"}  # change no label, and so poison the target class alone
 DIRTY_LABEL = pytest.mark.parametrize("name", [name for name in attacks.names() if name not in CLEAN_LABEL])
-WEAKER_IN_TRAINING = {"adap_blend", "adap_patch"}
+WEAKER_IN_TRAINING = {"adap_blend", "adap_patch", "enhanced_adap_blend", "enhanced_adap_patch"}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_exactly_the_asked_share_of_the_training_set_is_poisoned(name, ratio, sp
     if name in CLEAN_LABEL and ratio > 0.1:
         with pytest.raises(UserError, match=rf"asks for {round(ratio * 97)} of 97 training images; \d+ can be poisoned"):
             make(name, poison_ratio=ratio).poison(split)
-    elif "covers_per_poison" in inspect.signature(attacks.get(name).make).parameters and ratio == 1.0:
+    elif (name == "wanet" or name in WEAKER_IN_TRAINING) and ratio == 1.0:
         with pytest.raises(UserError, match="covers"):
             make(name, poison_ratio=ratio).poison(split)
     else:
@@ -116,7 +116,10 @@ def test_an_attack_that_changes_no_label_has_one_target(name):
         make(name, mode="all_to_all")
 
 
-@pytest.mark.parametrize("name, covers", [("wanet", 2), ("adap_blend", 1), ("adap_patch", 2)])
+COVERED = [("wanet", 2), ("adap_blend", 1), ("adap_patch", 2), ("enhanced_adap_blend", 1), ("enhanced_adap_patch", 2)]
+
+
+@pytest.mark.parametrize("name, covers", COVERED)
 def test_covers_are_other_images_as_many_as_asked(name, covers, split):
     found = make(name, poison_ratio=0.1).poison(split)
     assert found.poisoned.sum() == 10 and found.cover.sum() == covers * 10
@@ -432,11 +435,52 @@ def test_adap_patch_lays_one_faint_patch_in_training_and_two_opaque_ones_at_test
         ("adap_blend", {"alpha": 0.0}),
         ("adap_blend", {"pieces": 17}),
         ("adap_blend", {"test_alpha": 1.5}),
+        ("enhanced_adap_patch", {"coupling": -1.0}),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(name, options):
     with pytest.raises(UserError, match=" needs "):
         make(name, **options)
+
+
+@pytest.mark.parametrize("name", ["adap_blend", "adap_patch"])
+def test_the_enhanced_attack_poisons_as_the_plain_one_does(name, split):
+    plain, enhanced = (make(n, poison_ratio=0.1) for n in (name, f"enhanced_{name}"))
+    one, other = plain.poison(split), enhanced.poison(split)
+    np.testing.assert_array_equal(one.images, other.images)
+    np.testing.assert_array_equal(plain.stamp(split.images, split.ids), enhanced.stamp(split.images, split.ids))
+    assert enhanced.name == f"enhanced_{name}"
+
+
+def test_coupling_is_the_distance_from_the_clean_mean_of_the_label_and_pulls_poisoned_features_alone():
+    features = RNG.normal(size=(7, 4)).astype(np.float32)
+    labels = np.array([0, 0, 0, 1, 1, 0, 2])
+    poisoned = np.array([True, False, False, False, False, False, True])
+    cover = np.array([False, False, False, False, False, True, False])
+    expected = np.linalg.norm(features[0] - features[1:3].mean(0))  # the second poisoned image finds no clean one of its label
+    measure = partial(coupling.distance_to_class, labels=labels, poisoned=poisoned, cover=cover, num_classes=3)
+    np.testing.assert_allclose(measure(features), expected, rtol=1e-5)
+    pull = np.asarray(jax.grad(measure)(features))
+    assert np.abs(pull[0]).max() > 0.1 and not pull[1:].any()
+    nothing = np.zeros(7, bool)
+    assert coupling.distance_to_class(features, labels, nothing, cover, 3) == 0
+
+
+def test_coupling_brings_poisoned_features_to_those_of_the_target_class(tiny, tiny_variables, digits):
+    some = digits.train.take(slice(200))
+    attack = make("enhanced_adap_blend", poison_ratio=0.2)
+    found = attack.poison(dataclasses.replace(some, labels=some.labels % 5))
+    data = {"images": found.images, "labels": found.labels, "poisoned": found.poisoned, "cover": found.cover}
+    optimizer, apart = train.sgd(lambda step: 0.02, momentum=0.9, weight_decay=0.0), []
+    for weight in (0.0, 3.0):
+        control = make("enhanced_adap_blend", poison_ratio=0.2, coupling=weight).control
+        prepare = partial(control.prepare, augment=lambda key, pixels: pixels)
+        step = partial(train.train_step, classifier=tiny, optimizer=optimizer, prepare=prepare)
+        state, _ = train.fit(step, train.new_state(tiny_variables, optimizer), data, key=keys.root(0), epochs=12, batch_size=50)
+        features = tiny.apply(state.variables, found.images).features
+        distance = coupling.distance_to_class(features, found.labels, found.poisoned, found.cover, 5)
+        apart.append(float(distance))
+    assert apart[1] < 0.5 * apart[0]
 
 
 # --- an attack that takes a hand in training, as WaNet and IAD do

@@ -42,15 +42,17 @@ class Control:
 
     `init(key, split, journal, augment) -> extra` makes its parameters, trained as far as they are without the victim.
     `finish(attack, extra) -> Attack` binds `stamp` and `poison` to what was learned. An attack that controls training also has
-    `prepare(extra, batch, key, augment) -> (pixels, labels, penalty, extra)`, which stamps batches of clean images in
-    `train.train_step`; there `optimizer` trains `extra` on the victim's loss plus the penalty, and what comes back as `extra`
-    is the same with new statistics. `augment(key, pixels)` crops and flips as in all training.
+    `prepare(extra, batch, key, augment) -> (pixels, labels, penalty, extra)`, called in `train.train_step`. If it `stamps`, it
+    is given batches of clean images, else poisoned ones with their flags. The penalty is a number or a function of the model's
+    outputs; `optimizer` trains `extra` on the victim's loss plus the penalty, and what comes back as `extra` is the same with
+    new statistics. `augment(key, pixels)` crops and flips as in all training.
     """
 
     init: Callable[..., Any]
     finish: Callable[["Attack", Any], "Attack"]
     prepare: Callable[..., Any] | None = None
     optimizer: optax.GradientTransformation | None = None
+    stamps: bool = True  # whether `prepare` stamps clean images itself, or gets poisoned ones with their flags in the batch
     trains_trigger: bool = True  # whether `stamp` has to wait for `finish`
 
 

@@ -1,0 +1,12 @@
+"""Enhanced Adap-Patch (section 5.7): Adap-Patch with its poisoned features pulled to those of the target class in training."""
+
+import jax
+
+from bibau_jax.attacks import adap_patch
+from bibau_jax.attacks.coupling import coupled
+from bibau_jax.attacks.protocol import Attack
+
+
+def make(key: jax.Array, *, num_classes: int, coupling: float = 1.0, **options) -> Attack:
+    """Adap-Patch (all its options) with a pull of weight `coupling`; the paper names the Euclidean distance, not its weight."""
+    return coupled(adap_patch.make(key, num_classes=num_classes, **options), "enhanced_adap_patch", num_classes, coupling)
