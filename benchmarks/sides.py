@@ -82,7 +82,7 @@ class Ours:
         """Back to the beginning, on other images of the same number if the case has them; what was compiled is kept."""
         self.case = case
         self.variables = parallel.replicate({"backdoored": case.backdoored, "current": case.current})
-        self.pixels, self.batch = parallel.replicate(
+        self.pixels, self.batch = jax.jit(parallel.shard)(
             (case.images.astype(np.float32), {"images": case.images, "labels": case.labels})
         )
         first = train.new_state(case.current, self.optimizer)

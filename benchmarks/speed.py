@@ -34,6 +34,7 @@ import jax
 import numpy as np
 import sides
 
+from bibau_jax import parallel
 from bibau_jax.defenses.bibau import Perturbation
 
 WORKS = ("inner", "inner_base_at", "outer", "fisher", "gradient")
@@ -171,6 +172,7 @@ def main() -> None:
     args = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):  # must come before XLA starts its threads
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
+    parallel.use_cores(args.batch)  # as the command does
     if sides.torch is not None:
         sides.torch.set_num_threads(args.threads)
     if args.check:

@@ -74,12 +74,14 @@ def parse(argv: list[str]) -> list[str]:
 
 def main(argv: list[str]) -> None:
     """Runs the stages; see bibau_jax/experiment.py."""
-    from bibau_jax import experiment  # JAX starts here, after the flags were found right
+    from bibau_jax import experiment, parallel  # JAX starts here, after the flags were found right
 
     logging.set_verbosity(logging.WARNING)  # orbax tells every step of every save
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    config = CONFIG.value.to_dict()
+    parallel.use_cores(config["implant"]["batch_size"], min(config["defense"]["batch_size"], config["data"]["clean_size"]))
     try:
-        experiment.run(CONFIG.value.to_dict(), WORKDIR.value, experiment.command_line())
+        experiment.run(config, WORKDIR.value, experiment.command_line())
     except UserError as error:
         fail(error)
     except KeyboardInterrupt:

@@ -8,6 +8,8 @@ go through `sum_over_devices`.
 
 import contextlib
 import functools
+import math
+import os
 from collections.abc import Callable
 
 import jax
@@ -17,6 +19,22 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bibau_jax.errors import UserError
+
+MOST_CORES = 8  # beyond, a core's share of a usual batch is too small to be worth the collectives
+
+
+def use_cores(*batch_sizes: int) -> None:
+    """Makes every CPU core a device of its own, as far as the batch sizes can be shared out; before any other use of JAX.
+
+    XLA computes many convolutions of one CPU device on one core: on two cores, two devices were 1.2 to 1.5 times faster.
+    A count set by the caller (`JAX_NUM_CPU_DEVICES`, or XLA's flag) stays. GPUs and TPUs are not concerned.
+    """
+    if jax.config.jax_num_cpu_devices > 0 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    shared = math.gcd(*batch_sizes)
+    count = next(count for count in range(min(cores, MOST_CORES), 0, -1) if shared % count == 0)
+    jax.config.update("jax_num_cpu_devices", count)
 
 
 def connect(coordinator: str = "", processes: int = 0, process: int = -1) -> None:

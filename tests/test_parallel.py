@@ -1,6 +1,9 @@
 """Eight devices give the numbers of one, `pmap` gives them too, and so do two processes."""
 
+import os
 import socket
+import subprocess
+import sys
 from functools import partial
 
 import flax.linen as nn
@@ -75,6 +78,28 @@ def test_more_devices_than_there_are_cannot_be_asked_for(count):
     with pytest.raises(UserError, match=f"{count} devices were asked for, 8 are there"):
         with parallel.on_devices(count):
             pass
+
+
+@pytest.mark.parametrize(
+    "cores, batch_sizes, given, devices",
+    [
+        (2, (128, 64), "", 2),
+        (6, (128, 48), "", 4),
+        (64, (128, 48), "", 8),
+        (3, (128, 50), "", 2),
+        (4, (25, 7), "", 1),
+        (4, (4,), "2", 2),
+    ],
+)
+def test_on_a_cpu_every_core_is_a_device_as_far_as_the_batches_can_be_shared(cores, batch_sizes, given, devices, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    program = (
+        f"import os, jax; os.sched_getaffinity = lambda process: range({cores}); from bibau_jax import parallel; "
+        f"parallel.use_cores(*{batch_sizes}); print(jax.device_count())"
+    )
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"} | ({"JAX_NUM_CPU_DEVICES": given} if given else {})
+    command = [sys.executable, "-c", program]
+    assert subprocess.run(command, env=environment, capture_output=True, check=True, text=True).stdout.split() == [str(devices)]
 
 
 def test_the_device_count_comes_back_after_its_block_even_after_an_error():
@@ -214,7 +239,8 @@ def test_the_outer_update_mapped_by_pmap_gives_the_same_parameters(eight, digits
 
 
 @pytest.mark.slow
-def test_two_processes_on_one_machine_leave_the_models_of_one(program, tiny_config, tmp_path):
+def test_two_processes_on_one_machine_leave_the_models_of_one(program, tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")  # for each of them
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
