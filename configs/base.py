@@ -6,7 +6,7 @@ python -m bibau_jax.main --config=configs/digits.py --workdir=runs/digits --conf
 from ml_collections import ConfigDict
 
 # Of the whole training set, where it is not the usual tenth: what each attack's authors or BackdoorBench's curves recommend.
-POISON_RATIOS = {"sig": 0.05, "adap_blend": 0.003, "adap_patch": 0.003}
+POISON_RATIOS = {"sig": 0.05, "narcissus": 0.0005, "adap_blend": 0.003, "adap_patch": 0.003}
 POISON_RATIOS |= {"enhanced_adap_blend": 0.003, "enhanced_adap_patch": 0.003}
 
 
@@ -56,6 +56,20 @@ def get_config() -> ConfigDict:
     config.attack.refool.pool = ""  # folder of pictures to reflect; "" draws them
     config.attack.wanet = ConfigDict({"strength": 0.5, "grid_size": 4})  # of the warp; points of its field along a side
     config.attack.wanet.covers_per_poison = 2.0  # images with a jittered warp and their true labels
+    config.attack.iad = ConfigDict({"width": 32, "mask_epochs": 25})  # channels of the generators; the mask's own training
+    config.attack.iad.density = 0.032  # what the mean of a mask is pushed below
+    config.attack.iad.cross_per_poison = 1.0  # images with another's trigger and their true labels
+    config.attack.iad.cumulative = False  # let the generator's gradients add up, as the authors' code does
+    config.attack.issba = ConfigDict({"bits": 1, "width": 32, "epochs": 20, "learning_rate": 1e-4})  # of the secret's networks
+    config.attack.issba.wait = 1000  # steps from a readable secret until the image begins to count
+    config.attack.issba.ramp = 3000  # further steps until it counts fully
+    config.attack.issba.image_weight = 10.0  # weight of the image's squared error then
+    config.attack.narcissus = ConfigDict({"epsilon": 16.0, "enlarged": 3.0})  # bound of the trigger, 0..255; factor at test
+    config.attack.narcissus.epochs = 1000  # passes over the target class in search of the trigger
+    config.attack.narcissus.statistics = "train"  # BatchNorm's during that search: train (of the batch) or eval (running)
+    config.attack.narcissus.surrogate_epochs = 200
+    config.attack.narcissus.width = 64  # of the surrogate
+    config.attack.narcissus.stages = (2, 2, 2, 2)
     config.attack.adap_blend = ConfigDict({"variant": "cartoon", "alpha": 0.2, "test_alpha": 0.2})  # weights of the picture
     config.attack.adap_blend.pieces = 8  # of the picture's 16 in every training image
     config.attack.adap_blend.covers_per_poison = 1.0  # images with the trigger and their true labels

@@ -11,6 +11,17 @@ def get_config(attack: str = "badnets"):
     config = base.get_config()
     base.choose_attack(config, attack)
     config.attack.badnets.variant = "grid"  # a white square is lost on bright corners: 93 % ASR at this size
+    config.attack.iad.width = 8
+    config.attack.iad.mask_epochs = 10
+    config.attack.issba.width = 16
+    config.attack.issba.epochs = 10
+    config.attack.issba.learning_rate = 1e-3
+    config.attack.issba.wait = 200
+    config.attack.issba.ramp = 500
+    config.attack.narcissus.width = 16
+    config.attack.narcissus.stages = (1, 1, 1, 1)
+    config.attack.narcissus.surrogate_epochs = 15
+    config.attack.narcissus.epochs = 200
     config.data.train_size = 20_000
     config.data.clean_size = 1000
     config.model.width = 16
@@ -23,6 +34,6 @@ def get_config(attack: str = "badnets"):
     config.defense.pgd.steps = 5
     config.defense.pgd.step_size = 15.0
     config.defense.pgd.epsilon = 50.0
-    config.defense.lambda_ewc = 0.2
+    config.defense.lambda_ewc = 0.5
     config.defense.lambda_iewc = 10.0
     return config

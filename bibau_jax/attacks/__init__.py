@@ -9,7 +9,7 @@ from bibau_jax.errors import unknown
 
 __all__ = ["Attack", "Control", "PoisonedSplit", "get", "names"]
 
-NOT_ATTACKS = {"protocol", "gallery", "coupling"}
+NOT_ATTACKS = {"protocol", "gallery", "coupling", "networks"}
 
 
 def names() -> list[str]:
