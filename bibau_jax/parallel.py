@@ -127,6 +127,11 @@ def check_batch(batch_size: int, name: str) -> None:
         raise UserError(f"{name}={batch_size} cannot be divided among {device_count()} devices; choose a multiple")
 
 
+def batch_of(size: int) -> int:
+    """The largest batch of at most `size` that the devices can share out evenly, for trainings whose batch is not a setting."""
+    return max(size // device_count(), 1) * device_count()
+
+
 def padded(size: int, chunk: int = 1) -> int:
     """The smallest multiple of (devices x chunk) that holds `size` examples."""
     block = chunk * device_count()

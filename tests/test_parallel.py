@@ -65,6 +65,10 @@ def test_sizes_are_padded_to_whole_chunks_on_every_device(eight):
     assert [parallel.padded(size, chunk=3) for size in (1, 24, 25)] == [24, 24, 48]
 
 
+def test_a_batch_that_nobody_set_is_one_that_can_be_shared_out(eight):
+    assert [parallel.batch_of(size) for size in (350, 121, 8, 5)] == [344, 120, 8, 8]
+
+
 def test_a_batch_that_cannot_be_shared_out_evenly_is_refused(eight, tiny, tiny_variables, digits):
     parallel.check_batch(16, "implant.batch_size")
     with pytest.raises(UserError, match="implant.batch_size=12 cannot be divided among 8 devices; choose a multiple"):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bibau_jax import keys, train
+from bibau_jax import keys, parallel, train
 from bibau_jax.attacks.networks import Generator
 from bibau_jax.attacks.protocol import Attack, Control, aim_at, check_pixels, counts_of_batch, dirty_label, in_blocks, untrained
 from bibau_jax.errors import UserError
@@ -108,7 +108,7 @@ def fresh(key: jax.Array, shape: tuple[int, ...], width: int) -> dict:
 def learn_masks(key, split, journal, augment, *, width, epochs, density):
     """Both generators' variables: the mask generator trained, the other one fresh."""
     first, module = fresh(key, split.images.shape[1:], width), generators(split.images.shape[3], width)["mask"]
-    steps = len(split) // min(BATCH, len(split))
+    steps = len(split) // parallel.batch_of(min(BATCH, len(split)))
     schedule = optax.piecewise_constant_schedule(0.01, {steps * epochs * 2 // 5: 0.1, steps * epochs * 4 // 5: 0.1})
     optimizer = optax.adam(schedule, b1=0.5, b2=0.9)
     state, _ = train.fit(
@@ -117,7 +117,7 @@ def learn_masks(key, split, journal, augment, *, width, epochs, density):
         {"images": split.images},
         key=keys.stream(key, "masks"),
         epochs=epochs,
-        batch_size=BATCH,
+        batch_size=parallel.batch_of(min(BATCH, len(split))),
         journal=journal,
     )
     return {"mask": jax.device_get(state.variables), "pattern": jax.device_get(first["pattern"])}

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bibau_jax import keys, train
+from bibau_jax import keys, parallel, train
 from bibau_jax.attacks.networks import StegoDecoder, StegoEncoder
 from bibau_jax.attacks.protocol import Attack, Control, aim_at, check_pixels, dirty_label, in_blocks, untrained
 from bibau_jax.errors import UserError
@@ -100,7 +100,7 @@ def learn(key, split, journal, augment, *, bits, width, epochs, learning_rate, w
         {"images": split.images},
         key=keys.stream(key, "encoder"),
         epochs=epochs,
-        batch_size=BATCH,
+        batch_size=parallel.batch_of(min(BATCH, len(split))),
         journal=journal,
     )
     found = jax.device_get(state.params)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bibau_jax import keys, models, train
+from bibau_jax import keys, models, parallel, train
 from bibau_jax.attacks.protocol import (
     Attack,
     Control,
@@ -65,7 +65,7 @@ def trigger_step(state, frozen, batch, key, *, classifier, optimizer, epsilon, m
 def learn(key, split, journal, augment, *, aim, num_classes, width, stages, surrogate_epochs, epochs, epsilon, mode):
     """{"delta" float32 [H, W, C]}, the trigger, from a surrogate trained on the clean images of `split`."""
     classifier = surrogate(split, width, stages, num_classes)
-    size = min(SURROGATE["batch_size"], len(split))
+    size = parallel.batch_of(min(SURROGATE["batch_size"], len(split)))
     schedule = train.learning_rate_schedule("cosine", SURROGATE["learning_rate"], surrogate_epochs * (len(split) // size))
     optimizer = train.sgd(schedule, momentum=SURROGATE["momentum"], weight_decay=SURROGATE["weight_decay"])
 
@@ -79,7 +79,7 @@ def learn(key, split, journal, augment, *, aim, num_classes, width, stages, surr
             {"images": images.images, "labels": images.labels},
             key=keys.stream(key, name),
             epochs=epochs,
-            batch_size=batch_size,
+            batch_size=parallel.batch_of(min(batch_size, len(images))),
             journal=journal.part(name),
         )
         return jax.device_get(state.variables)
@@ -96,7 +96,7 @@ def learn(key, split, journal, augment, *, aim, num_classes, width, stages, surr
         {"images": targets.images, "labels": targets.labels},
         key=keys.stream(key, "delta"),
         epochs=epochs,
-        batch_size=WARM_UP["batch_size"],
+        batch_size=parallel.batch_of(min(WARM_UP["batch_size"], len(targets))),
         frozen=trained,
         journal=journal.part("delta"),
     )
