@@ -260,23 +260,28 @@ def test_flags_may_come_in_any_order(program, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", ["implant", "purify/bibau_u"])
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_run_goes_on_to_the_same_model(program, tiny_config, tmp_path, by):
-    settings = {"implant.epochs": 60, "checkpoint_every": 7}
-    flags = [f"--config.{name}={value}" for name, value in settings.items()] + ["--config.stages=implant"]
+def test_a_killed_run_goes_on_to_the_same_model(program, tmp_path, by, stage):
+    epochs = "implant.epochs" if stage == "implant" else "defense.epochs"
+    flags = [f"--config.{epochs}=60", "--config.checkpoint_every=7", f"--config.stages={stage.split('/')[0]}"]
+    if stage != "implant":
+        given = program(f"--workdir={tmp_path / 'given'}", "--config.stages=implant")
+        assert given.communicate(timeout=300) and given.returncode == 0
+        flags.append(f"--config.implant.reuse={tmp_path / 'given'}")
     killed = program(f"--workdir={tmp_path / 'run'}", *flags)
-    saved = tmp_path / "run" / "implant" / "checkpoints"
+    saved = tmp_path / "run" / stage / "checkpoints"
     deadline = time.monotonic() + 120
     while not any(path.name.isdecimal() and int(path.name) > 20 for path in saved.glob("*")):
         assert time.monotonic() < deadline and killed.poll() is None
         time.sleep(0.01)
     killed.send_signal(by)
     _, stderr = killed.communicate(timeout=60)
-    assert not (tmp_path / "run" / "implant" / "model").exists()
+    assert not (tmp_path / "run" / stage / "model").exists()
     if by == signal.SIGTERM:
         assert killed.returncode == 2 and "interrupted; the same command goes on" in one_line(stderr)
-    resumed = program(f"--workdir={tmp_path / 'run'}", *flags)
-    assert resumed.communicate(timeout=300) and resumed.returncode == 0
-    experiment.run(tiny_config(settings, stages="implant"), str(tmp_path / "whole"))
-    digests = [checkpoint.load(tmp_path / run / "implant" / "model")[1]["sha256"] for run in ("run", "whole")]
+    for folder in ("run", "whole"):
+        ending = program(f"--workdir={tmp_path / folder}", *flags)
+        assert ending.communicate(timeout=300) and ending.returncode == 0
+    digests = [checkpoint.load(tmp_path / run / stage / "model")[1]["sha256"] for run in ("run", "whole")]
     assert digests[0] == digests[1]
