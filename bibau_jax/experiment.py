@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import re
 import shlex
+import shutil
 import sys
 from functools import cached_property, partial
 from pathlib import Path
@@ -198,12 +199,11 @@ def _train_model(this: Run, stage: str, command: str, *, poisoned: bool) -> None
 
 def _learned(this: Run, control: attacks.Control, key, split, augment):
     """What the attack learns before the victim's training; kept beside it, so that it is learned once."""
-    stage = "implant/trigger"
+    stage, journal = "implant/trigger", this.journal("implant/trigger")
     if not (this.folder / stage / "model").exists():
-        journal = this.journal(stage)
         extra = control.init(keys.stream(key, "trigger"), split, journal, augment)
         checkpoint.save(this.folder / stage / "model", {"extra": extra}, {})
-        journal.keeper.clear()
+    shutil.rmtree(journal.keeper.directory, ignore_errors=True)  # those of its parts too
     return {"extra": (), **checkpoint.load(this.folder / stage / "model")[0]}["extra"]
 
 

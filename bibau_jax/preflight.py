@@ -92,9 +92,13 @@ def _attack(run: "Run") -> None:
     """The poison ratio, and the trigger on one image."""
     images, ratio = run.splits.train, run.config["attack"]["poison_ratio"]
     attacks.protocol.choose(run.key, np.flatnonzero(run.attack.may_poison(images.labels)), ratio, len(images))
-    if run.attack.control is None:
-        first = images.take(slice(1))
+    first, options = images.take(slice(1)), run.config["attack"].get(run.config["attack"]["name"], {})
+    if run.attack.control and run.attack.control.trains_trigger:
+        attacks.protocol.check_pixels(first.images)
+    else:
         run.attack.stamp(first.images, first.ids)
+    covers = options.get("covers_per_poison", options.get("cross_per_poison", 0.0))
+    attacks.protocol.poisons_and_covers(run.key, len(images), ratio, covers)
 
 
 def _same_model(run: "Run", setting: str, stage: str, parts: tuple[str, ...]) -> None:

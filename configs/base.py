@@ -57,7 +57,7 @@ def get_config() -> ConfigDict:
     config.attack.wanet = ConfigDict({"strength": 0.5, "grid_size": 4})  # of the warp; points of its field along a side
     config.attack.wanet.covers_per_poison = 2.0  # images with a jittered warp and their true labels
     config.attack.iad = ConfigDict({"width": 32, "mask_epochs": 25})  # channels of the generators; the mask's own training
-    config.attack.iad.density = 0.032  # what the mean of a mask is pushed below
+    config.attack.iad.density = 0.032  # what the elements of a mask are pushed below
     config.attack.iad.cross_per_poison = 1.0  # images with another's trigger and their true labels
     config.attack.iad.cumulative = False  # let the generator's gradients add up, as the authors' code does
     config.attack.issba = ConfigDict({"bits": 1, "width": 32, "epochs": 20, "learning_rate": 1e-4})  # of the secret's networks

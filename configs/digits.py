@@ -19,6 +19,20 @@ def get_config(attack: str = "badnets"):
     config.model.mean = (0.305,)
     config.model.std = (0.376,)
     base.choose_attack(config, attack)
+    config.attack.iad.width = 8
+    config.attack.iad.mask_epochs = 10
+    config.attack.issba.width = 8
+    config.attack.issba.epochs = 60
+    config.attack.issba.learning_rate = 5e-4
+    config.attack.issba.wait = 50
+    config.attack.issba.ramp = 300
+    config.attack.narcissus.epsilon = 60.0  # digits have large margins
+    config.attack.narcissus.width = 8
+    config.attack.narcissus.stages = (1,)
+    config.attack.narcissus.surrogate_epochs = 40
+    config.attack.narcissus.epochs = 300
+    if attack == "narcissus":
+        config.attack.poison_ratio = 0.05
     config.implant.epochs = 20
     config.implant.batch_size = 64
     config.implant.schedule = "one_cycle"

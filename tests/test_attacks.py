@@ -23,7 +23,7 @@ MODES = pytest.mark.parametrize("mode", protocol.MODES)
 RNG = np.random.default_rng(0)
 CLEAN_LABEL = {"sig", "narcissus"}  # change no label, and so poison the target class alone
 DIRTY_LABEL = pytest.mark.parametrize("name", [name for name in attacks.names() if name not in CLEAN_LABEL])
-WEAKER_IN_TRAINING = {"narcissus", "adap_blend", "adap_patch", "enhanced_adap_blend", "enhanced_adap_patch"}
+OTHER_IN_TRAINING = {"refool", "narcissus", "adap_blend", "adap_patch", "enhanced_adap_blend", "enhanced_adap_patch"}
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_only_flagged_samples_change_and_they_get_the_labels_that_the_attacker_w
     np.testing.assert_array_equal(found.labels[~found.poisoned], split.labels[~found.poisoned])
     np.testing.assert_array_equal(found.labels[found.poisoned], attack.aim(split.labels)[found.poisoned])
     assert (found.images[touched] != split.images[touched]).any(axis=(1, 2, 3)).all()
-    if name not in WEAKER_IN_TRAINING:
+    if name not in OTHER_IN_TRAINING:
         stamped = attack.stamp(split.images, split.ids)
         rounding = 1 if name in ("iad", "issba") else 0
         np.testing.assert_allclose(found.images[found.poisoned].astype(int), stamped[found.poisoned], atol=rounding)
@@ -468,14 +468,40 @@ def test_iads_mask_loss_is_what_is_too_large_and_how_alike_masks_are():
         def apply(self, variables, x, training, mutable):
             return self.raw, {"batch_stats": {}}
 
-    first, second = (RNG.integers(0, 256, (2, 1, 2, 3)).astype(np.float32) for _ in range(2))
-    value, (_, covered) = iad.mask_loss(Fixed(), {}, first, second, 0.3)
+    pixels = RNG.integers(0, 256, (4, 1, 2, 3)).astype(np.float32)
+    value, (_, covered) = iad.mask_loss(Fixed(), {}, pixels, 0.3)
     m = np.tanh(20 * (np.tanh(Fixed.raw.astype(float)) / 2 + 0.5) - 10) / 2 + 0.5
-    apart = [np.sqrt(np.mean(((first[i] - second[i]) / 255 / 0.25) ** 2)) for i in range(2)]
-    unlike = [np.sqrt(np.mean((m[i] - m[2 + i]) ** 2)) for i in range(2)]
-    expected = 100 * np.mean(np.maximum(m[:2] - 0.3, 0)) + np.mean(np.divide(apart, unlike))
+    apart = [np.sqrt(np.mean(((pixels[i] - pixels[i - 1]) / 255 / 0.25) ** 2)) for i in range(4)]
+    unlike = [np.sqrt(np.mean((m[i] - m[i - 1]) ** 2)) for i in range(4)]
+    expected = 100 * np.mean(np.maximum(m - 0.3, 0)) + np.mean(np.divide(apart, unlike))
     np.testing.assert_allclose(value, expected, rtol=1e-4)
-    np.testing.assert_allclose(covered, m[:2].mean(), rtol=1e-5)
+    np.testing.assert_allclose(covered, m.mean(), rtol=1e-5)
+
+
+def test_iads_covers_carry_the_triggers_of_clean_images(split):
+    extra = LEARNED["iad"](split.images.shape[1:])
+    extra["pattern"]["params"]["bn13"]["scale"] *= 1e5  # so that different images get different triggers
+    attack = attacks.get("iad").make(keys.root(0), num_classes=5, width=2, poison_ratio=0.1, cross_per_poison=2.0)
+    attack = attack.control.finish(attack, extra)
+    found = attack.poison(split)
+    assert found.poisoned.sum() == 10 and found.cover.sum() == 20
+    own = attack.stamp(split.images, split.ids).astype(int)
+    apart = np.abs(found.images - own).max(axis=(1, 2, 3))
+    assert (apart[found.poisoned] <= 1).all() and (apart[found.cover] > 1).all()
+
+
+def test_wanets_covers_are_jittered(split):
+    attack = make("wanet", poison_ratio=0.1)
+    found, own = attack.poison(split), attack.stamp(split.images, split.ids).astype(int)
+    apart = np.abs(found.images - own).max(axis=(1, 2, 3))
+    assert (apart[found.poisoned] == 0).all() and (apart[found.cover] > 5).all()
+    np.testing.assert_array_equal(attack.poison(split).images, found.images)
+
+
+def test_reflections_in_training_are_others_than_at_test(split):
+    attack = make("refool", poison_ratio=0.2)
+    found = attack.poison(split)
+    assert (found.images != attack.stamp(split.images, split.ids))[found.poisoned].any(axis=(1, 2, 3)).all()
 
 
 def test_a_batch_of_iad_holds_own_triggers_then_those_of_other_images_then_clean_ones():
@@ -539,14 +565,16 @@ def test_issbas_networks_carry_and_read_a_secret_at_every_size():
 
 
 def test_issba_is_refused_while_its_secret_cannot_be_read(digits):
-    images = digits.train.take(slice(128))
-    with pytest.raises(UserError, match=r"issba: the encoder is not good enough: bit accuracy 0\.\d+ .* PSNR \d+\.\d dB"):
+    images = digits.train.take(slice(150))
+    with pytest.raises(UserError, match="issba: 2 steps are too few: the image counts fully 4000 steps after the secret"):
         make("issba", epochs=1).control.init(keys.root(0), images, train.Journal(), None)
+    with pytest.raises(UserError, match=r"issba: the encoder is not good enough: bit accuracy 0\.\d+ .* PSNR \d+\.\d dB"):
+        make("issba", epochs=3, wait=0, ramp=3).control.init(keys.root(0), images, train.Journal(), None)
 
 
 @pytest.mark.slow
 def test_issba_hides_a_secret_that_is_read_after_rounding_and_follows_the_image(digits):
-    options = {"width": 8, "epochs": 60, "learning_rate": 2e-3, "wait": 50, "ramp": 300}
+    options = {"width": 8, "epochs": 60, "learning_rate": 5e-4, "wait": 50, "ramp": 300}
     control = attacks.get("issba").make(keys.root(0), num_classes=10, **options).control
     learned = control.init(keys.root(0), digits.train, train.Journal(), None)
     read, psnr = issba.quality(learned, digits.test.images, learned["secret"], width=8)
@@ -585,7 +613,7 @@ def test_narcissus_finds_a_small_trigger_that_is_evidence_of_the_target_class(st
     attack = attacks.get("narcissus").make(keys.root(0), num_classes=10, target_label=4, **options)
     learned = attack.control.init(keys.root(0), images, train.Journal(), lambda key, pixels: pixels)
     assert learned["delta"].shape == images.images.shape[1:]
-    assert np.abs(learned["delta"]).max() == 60.0 and np.abs(learned["delta"]).mean() > 20
+    assert np.abs(learned["delta"]).max() > 59.99 and np.abs(learned["delta"]).mean() > 20
     surrogate, warm_up, trigger = histories
     assert (len(surrogate), len(warm_up), len(trigger)) == (100, 5, 300) and trigger[-1] < 0.9 * trigger[0]
 

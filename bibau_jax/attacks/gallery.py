@@ -107,9 +107,10 @@ def main(argv: list[str]) -> None:
         if out.suffix not in (".png", ".pdf", ".svg"):
             raise UserError(f"--out={out} must end in .png, .pdf or .svg")
         made, test = rows(CONFIG.value.to_dict(), ATTACKS.value, RUNS.value)
-        first = [int(np.flatnonzero(test.labels == label)[0]) for label in np.unique(test.labels)[1:4]]
+        labels = test.labels[:MEASURED]
+        first = [int(np.flatnonzero(labels == label)[0]) for label in np.unique(labels)[-3:]]
         out.parent.mkdir(parents=True, exist_ok=True)
-        draw(made, test.images, [index for index in first if index < MEASURED], out)
+        draw(made, test.images, first, out)
     except UserError as error:
         fail(error)
     except OSError as error:

@@ -15,7 +15,17 @@ import optax
 
 from bibau_jax import keys, parallel, train
 from bibau_jax.attacks.networks import Generator
-from bibau_jax.attacks.protocol import Attack, Control, aim_at, check_pixels, counts_of_batch, dirty_label, in_blocks, untrained
+from bibau_jax.attacks.protocol import (
+    Attack,
+    Control,
+    aim_at,
+    check_pixels,
+    counts_of_batch,
+    in_blocks,
+    poisoned_split,
+    poisons_and_covers,
+    untrained,
+)
 from bibau_jax.errors import UserError
 
 TINY = 1e-7
@@ -67,25 +77,24 @@ def paint(pixels, patterns, masks):
     return pixels + (255 * patterns - pixels) * masks
 
 
-def mask_loss(module, variables, first, second, density):
-    """The mask generator's loss on two batches, with new statistics: small masks that differ as their images do.
+def mask_loss(module, variables, pixels, density):
+    """The mask generator's loss on a batch, with new statistics: small masks that differ as their images do.
 
-    100 mean relu(m - density) + mean_i |x1 - x2| / |m1 - m2|.
+    100 mean relu(m - density) + mean_i |x_i - x_j| / |m_i - m_j|, where j is the image before i in the batch.
     """
-    raw, statistics = apply(module, variables, jnp.concatenate([first, second]), True)
+    raw, statistics = apply(module, variables, pixels, True)
     masks = threshold(raw)
-    one, two = jnp.split(masks, 2)
-    diversity = jnp.mean(distance(scaled(first), scaled(second)) / (distance(one, two) + TINY))
-    return 100 * jnp.mean(jax.nn.relu(one - density)) + diversity, (statistics, jnp.mean(one))
+    apart, unlike = (distance(v, jnp.roll(v, 1, axis=0)) for v in (scaled(pixels), masks))
+    diversity = jnp.mean(apart / (unlike + TINY))
+    return 100 * jnp.mean(jax.nn.relu(masks - density)) + diversity, (statistics, jnp.mean(masks))
 
 
 def mask_step(state: train.TrainState, frozen, batch, key, *, module, optimizer, density, augment):
-    """One step of the mask generator on a batch and the same batch shuffled."""
+    """One step of the mask generator; a shuffled batch's neighbours stand for the original's second loader."""
     pixels = augment(keys.stream(key, "augment"), batch["images"]).astype(jnp.float32)
-    other = jnp.roll(pixels, 1, axis=0)
 
     def loss(params):
-        return mask_loss(module, {"params": params, "batch_stats": state.statistics}, pixels, other, density)
+        return mask_loss(module, {"params": params, "batch_stats": state.statistics}, pixels, density)
 
     (value, (statistics, covered)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -146,23 +155,40 @@ def prepare(extra, batch, key, *, augment, width, aim, poison_ratio, cross_per_p
 
 
 @partial(jax.jit, static_argnames="width")
-def _triggered(pixels, extra, *, width):
-    pixels, modules = pixels.astype(jnp.float32), generators(pixels.shape[3], width)
-    masks, _ = apply(modules["mask"], extra["mask"], pixels)
-    patterns, _ = apply(modules["pattern"], extra["pattern"], pixels)
+def _triggered(pixels, givers, extra, *, width):
+    pixels, givers, modules = pixels.astype(jnp.float32), givers.astype(jnp.float32), generators(pixels.shape[3], width)
+    masks, _ = apply(modules["mask"], extra["mask"], givers)
+    patterns, _ = apply(modules["pattern"], extra["pattern"], givers)
     return jnp.clip(paint(pixels, patterns, threshold(masks)), 0, 255).astype(jnp.uint8)
 
 
 def stamp(pixels: np.ndarray, index: np.ndarray, *, extra, width: int) -> np.ndarray:
     """Every image with the trigger that the generators make of it, rounded down; uint8 [N, H, W, C] in and out."""
     check_pixels(pixels)
-    return in_blocks(partial(_triggered, extra=extra, width=width), pixels)
+    return in_blocks(partial(_triggered, extra=extra, width=width), pixels, pixels)
 
 
-def finish(attack: Attack, extra, *, key, width: int, poison_ratio: float) -> Attack:
+def poison_and_cross(key, split, *, stamp, cross, aim, poison_ratio: float, cross_per_poison: float):
+    """A fixed set of the kind that training draws anew in every batch: own triggers, and as covers those of clean images.
+
+    `cross(pixels, givers)` lays the triggers of `givers` on `pixels`.
+    """
+    chosen, covers = poisons_and_covers(key, len(split), poison_ratio, cross_per_poison)
+    clean = np.setdiff1d(np.arange(len(split)), np.concatenate([chosen, covers]))
+    lenders = np.asarray(jax.random.permutation(keys.stream(key, "lenders"), clean if len(clean) else chosen))
+    lent = split.images[np.resize(lenders, len(covers))]
+    labels = split.labels.copy()
+    labels[chosen] = aim(split.labels[chosen])
+    stamped = {"poisoned": (chosen, stamp), "cover": (covers, lambda pixels, index: cross(pixels, lent))}
+    return poisoned_split(split, stamped, labels)
+
+
+def finish(attack: Attack, extra, *, key, width: int, poison_ratio: float, cross_per_poison: float) -> Attack:
     """The attack with its generators trained."""
     trigger = partial(stamp, extra=extra, width=width)
-    poison = partial(dirty_label, key, stamp=trigger, aim=attack.aim, poison_ratio=poison_ratio)
+    lay = partial(in_blocks, partial(_triggered, extra=extra, width=width))
+    shares = {"poison_ratio": poison_ratio, "cross_per_poison": cross_per_poison}
+    poison = partial(poison_and_cross, key, stamp=trigger, cross=lay, aim=attack.aim, **shares)
     return dataclasses.replace(attack, stamp=trigger, poison=poison)
 
 
@@ -179,12 +205,14 @@ def make(
     cross_per_poison: float = 1.0,
     cumulative: bool = False,
 ) -> Attack:
-    """IAD with generators of `width` channels; `mask_epochs` of training for the mask, whose mean is pushed below `density`.
+    """IAD with generators of `width` channels; `mask_epochs` of training for the mask, whose elements are pushed
+    below `density`.
 
     `poison_ratio` of every batch gets its own trigger and the wanted label, `cross_per_poison` times as many another
     image's trigger and their true labels. `cumulative` leaves the pattern generator's gradients to add up from step to step, as
     in the authors' code, which never clears them; off, each step has its own. As in BackdoorBench the victim's
-    augmentation comes first; unlike there, tanh is applied once.
+    augmentation comes first. Unlike there, tanh is applied once, pixels are scaled by 0.5 and 0.25 on every data set, own and
+    lent triggers share a batch's statistics, and the pattern generator's learning rate stays at 0.01.
     """
     if width < 1 or mask_epochs < 1 or not 0 <= density < 1 or cross_per_poison < 0:
         raise UserError(
@@ -197,15 +225,16 @@ def make(
             f"got {poison_ratio} poisons with {cross_per_poison} cross images each"
         )
     aim = aim_at(mode, target_label, num_classes)
+    shares = {"poison_ratio": poison_ratio, "cross_per_poison": cross_per_poison}
     adam = optax.adam(0.01, b1=0.5, b2=0.9)
     if cumulative:
         adam = optax.chain(optax.trace(decay=1.0), adam)
     control = Control(
         init=partial(learn_masks, width=width, epochs=mask_epochs, density=density),
-        prepare=partial(prepare, width=width, aim=aim, poison_ratio=poison_ratio, cross_per_poison=cross_per_poison),
-        finish=partial(finish, key=key, width=width, poison_ratio=poison_ratio),
+        prepare=partial(prepare, width=width, aim=aim, **shares),
+        finish=partial(finish, key=key, width=width, **shares),
         optimizer=optax.multi_transform({"train": adam, "keep": optax.set_to_zero()}, trainable),
     )
     trigger = untrained("iad")
-    poison = partial(dirty_label, key, stamp=trigger, aim=aim, poison_ratio=poison_ratio)
+    poison = partial(poison_and_cross, key, stamp=trigger, cross=trigger, aim=aim, **shares)
     return Attack("iad", trigger, poison, aim, control)

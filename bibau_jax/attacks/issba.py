@@ -73,12 +73,17 @@ def carry(params, pixels: np.ndarray, secret: np.ndarray, *, width: int) -> np.n
 
 
 def quality(params, pixels: np.ndarray, secret: np.ndarray, *, width: int) -> tuple[float, float]:
-    """(bit accuracy 0..1, mean PSNR in dB) of images uint8 once they carry `secret` and are rounded to pixels."""
-    carrying = carry(params, pixels, secret, width=width)
+    """(bit accuracy 0..1, mean PSNR in dB) of images uint8 once they carry `secret` and are rounded to pixels.
+
+    The accuracy is the lower one of the secret's and its complement's: whoever always reads the same is right half the time.
+    """
     decode = jax.jit(lambda images: StegoDecoder(len(secret), width).apply({"params": params["decoder"]}, images / 255.0))
-    read = np.asarray(decode(carrying.astype(np.float32))) > 0
+    read = []
+    for bits in (1 - np.asarray(secret), np.asarray(secret)):
+        carrying = carry(params, pixels, bits, width=width)
+        read.append(np.mean((np.asarray(decode(carrying.astype(np.float32))) > 0) == (bits > 0.5)))
     error = np.mean((carrying.astype(np.float64) - pixels) ** 2, (1, 2, 3))
-    return float(np.mean(read == (np.asarray(secret) > 0.5))), float(np.mean(10 * np.log10(255**2 / np.maximum(error, 1e-9))))
+    return float(min(read)), float(np.mean(10 * np.log10(255**2 / np.maximum(error, 1e-9))))
 
 
 def fresh(key: jax.Array, shape: tuple[int, ...], bits: int, width: int) -> dict:
@@ -91,26 +96,40 @@ def fresh(key: jax.Array, shape: tuple[int, ...], bits: int, width: int) -> dict
 
 
 def learn(key, split, journal, augment, *, bits, width, epochs, learning_rate, wait, ramp, largest):
-    """{"encoder", "decoder", "secret"}, trained on the clean images; `UserError` where the gate is not passed."""
-    modules, params = networks(bits, width), fresh(key, split.images.shape[1:], bits, width)
+    """{"encoder", "decoder", "secret"}, trained on clean images and judged on others; `UserError` if the gate is not passed."""
+    judged = max(1, min(JUDGED, len(split) // 10))
+    images, unseen = split.images[:-judged], split.images[-judged:]
+    batch = parallel.batch_of(min(BATCH, len(images)))
+    if (steps := epochs * (len(images) // batch)) <= wait + ramp:
+        raise UserError(
+            f"issba: {steps} steps are too few: the image counts fully {wait + ramp} steps after the secret can first be read "
+            "(attack.issba.epochs, wait, ramp)"
+        )
+    modules, params = networks(bits, width), fresh(key, images.shape[1:], bits, width)
     optimizer = optax.adam(learning_rate)
     state, _ = train.fit(
         partial(step, modules=modules, optimizer=optimizer, wait=wait, ramp=ramp, largest=largest),
         train.new_state({"params": params, "batch_stats": {}}, optimizer, {"since": jnp.int32(-1)}),
-        {"images": split.images},
+        {"images": images},
         key=keys.stream(key, "encoder"),
         epochs=epochs,
-        batch_size=parallel.batch_of(min(BATCH, len(split))),
+        batch_size=batch,
         journal=journal,
     )
     found = jax.device_get(state.params)
     secret = np.asarray(jax.random.bernoulli(keys.stream(key, "secret"), 0.5, (bits,)), np.float32)
     secret[0] = 1.0  # a secret of zeros alone would be no secret
-    read, psnr = quality(found, split.images[:JUDGED], secret, width=width)
+    read, psnr = quality(found, unseen, secret, width=width)
     if read < BIT_ACCURACY or psnr < PSNR:
+        since = int(state.extra["since"])
+        why = (
+            "the secret never became readable"
+            if since < 0
+            else f"the image counted fully for {max(0, since - wait - ramp)} steps"
+        )
         raise UserError(
-            f"issba: the encoder is not good enough: bit accuracy {read:.3f} (at least {BIT_ACCURACY}), PSNR {psnr:.1f} dB "
-            f"(at least {PSNR:.0f}); train it longer (attack.issba.epochs) or with another seed"
+            f"issba: the encoder is not good enough: bit accuracy {read:.3f} (at least {BIT_ACCURACY}), PSNR {psnr:.1f} dB (at "
+            f"least {PSNR:.0f}); {why}; take another attack.issba.learning_rate, epochs or seed, and another workdir"
         )
     return found | {"secret": secret}
 
@@ -146,9 +165,9 @@ def make(
     """ISSBA with a secret of `bits`; encoder and decoder of `width` channels, trained for `epochs` with Adam.
 
     The image begins to count `wait` steps after the secret can first be read, and fully, with `image_weight` times the mean
-    squared error on the 0..1 scale, `ramp` steps later. The defaults are BackdoorBench's, whose arrays for small images
-    carry one bit. UserError, when it is trained, for an encoder whose images cannot be read after rounding (bit accuracy
-    below 0.99) or show it (PSNR below 25 dB).
+    squared error on the 0..1 scale, `ramp` steps later. The defaults are BackdoorBench's, whose arrays for small images carry
+    one bit; the networks shift their inputs by a half, as BackdoorBox's do. UserError, when it is trained, for an encoder
+    whose images cannot be read after rounding (bit accuracy below 0.99) or show it (PSNR below 25 dB).
     """
     if min(bits, width, epochs) < 1 or learning_rate <= 0 or wait < 0 or ramp < 1 or image_weight < 0:
         raise UserError(

@@ -29,6 +29,7 @@ from bibau_jax.method.terms import cross_entropy
 
 SURROGATE = {"learning_rate": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 350}
 WARM_UP = {"epochs": 5, "learning_rate": 0.1, "batch_size": 350}
+GREY = 127.5  # grey levels in a unit of the released code, whose images lie in -1..1: the trigger is sought in those
 BATCHES = "train", "eval"  # which statistics BatchNorm takes while the trigger is sought
 
 
@@ -52,14 +53,16 @@ def trigger_step(state, frozen, batch, key, *, classifier, optimizer, epsilon, m
 
     def loss(delta):
         # Clipping here alone lets saturated pixels rest, as in the released code.
-        shown = jnp.clip(images + jnp.clip(delta, -epsilon, epsilon), 0, 255)
+        shown = jnp.clip(images + jnp.clip(GREY * delta, -epsilon, epsilon), 0, 255)
         logits = classifier.apply(frozen, shown, train=mode == "train").logits
         return cross_entropy(logits, batch["labels"]).mean(), jnp.mean(jnp.argmax(logits, -1) == batch["labels"])
 
     (value, sure), grads = jax.value_and_grad(loss, has_aux=True)(state.params["delta"])
     updates, opt_state = optimizer.update({"delta": grads}, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), {"loss": value, "accuracy": sure}
+    saturated = jnp.mean(jnp.abs(GREY * params["delta"]) >= epsilon)
+    metrics = {"loss": value, "accuracy": sure, "saturated": saturated}
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
 
 def learn(key, split, journal, augment, *, aim, num_classes, width, stages, surrogate_epochs, epochs, epsilon, mode):
@@ -88,7 +91,7 @@ def learn(key, split, journal, augment, *, aim, num_classes, width, stages, surr
     trained = fit("surrogate", first, optimizer, split, surrogate_epochs, SURROGATE["batch_size"])
     targets = split.take(np.flatnonzero(of_the_target(aim)(split.labels)))
     trained = fit("warm_up", trained, optax.radam(WARM_UP["learning_rate"]), targets, WARM_UP["epochs"], WARM_UP["batch_size"])
-    radam = optax.radam(0.01 * 127.5)  # the released code's step of 0.01 is for images in -1..1
+    radam = optax.radam(0.01)
     start = {"params": {"delta": jnp.zeros(split.images.shape[1:])}, "batch_stats": {}}
     state, _ = train.fit(
         partial(trigger_step, classifier=classifier, optimizer=radam, epsilon=epsilon, mode=mode, augment=augment),
@@ -100,7 +103,7 @@ def learn(key, split, journal, augment, *, aim, num_classes, width, stages, surr
         frozen=trained,
         journal=journal.part("delta"),
     )
-    return {"delta": np.clip(jax.device_get(state.params["delta"]), -epsilon, epsilon)}
+    return {"delta": np.clip(GREY * jax.device_get(state.params["delta"]), -epsilon, epsilon)}
 
 
 def stamp(pixels: np.ndarray, index: np.ndarray, *, delta: np.ndarray) -> np.ndarray:

@@ -100,17 +100,23 @@ def choose(key: jax.Array, candidates: np.ndarray, ratio: float, total: int) -> 
 
 
 def dirty_label(
-    key: jax.Array, split: ImageSet, stamp: Callable, aim: Callable, poison_ratio: float, covers_per_poison: float = 0.0
+    key: jax.Array,
+    split: ImageSet,
+    stamp: Callable,
+    aim: Callable,
+    poison_ratio: float,
+    covers_per_poison: float = 0.0,
+    cover_stamp: Callable | None = None,
 ) -> PoisonedSplit:
     """Stamps `poison_ratio` of the training set and gives those images the labels that the attacker wants.
 
-    `covers_per_poison` times as many other images are stamped too and keep their true labels, so that the trigger alone
-    tells less.
+    `covers_per_poison` times as many other images are stamped too, by `cover_stamp` where that is another trigger, and keep
+    their true labels, so that the trigger alone tells less.
     """
     chosen, covers = poisons_and_covers(key, len(split), poison_ratio, covers_per_poison)
     labels = split.labels.copy()
     labels[chosen] = aim(split.labels[chosen])
-    return poisoned_split(split, {"poisoned": (chosen, stamp), "cover": (covers, stamp)}, labels)
+    return poisoned_split(split, {"poisoned": (chosen, stamp), "cover": (covers, cover_stamp or stamp)}, labels)
 
 
 def poisons_and_covers(

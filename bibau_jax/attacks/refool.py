@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from scipy.special import ndtr
 
+from bibau_jax import keys
 from bibau_jax.attacks.protocol import Attack, aim_at, check_pixels, dirty_label, draws, in_blocks
 from bibau_jax.errors import UserError
 
@@ -58,6 +59,8 @@ def folder_pool(folder: str, height: int, width: int, channels: int) -> np.ndarr
                 scene = picture.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.BILINEAR)
         except (UnidentifiedImageError, IsADirectoryError):
             continue
+        except OSError as error:
+            raise UserError(f"attack.refool.pool: {path} cannot be read: {error}") from error
         scenes.append(np.asarray(scene, np.uint8).reshape(height, width, channels))
     if not scenes:
         raise UserError(f"attack.refool.pool={folder} is no folder with pictures")
@@ -185,8 +188,8 @@ def make(
     """
     if not 0 < alpha < 1 or not 0 <= ghost_rate <= 1:
         raise UserError(f"Refool needs alpha within (0, 1) and ghost_rate within 0..1, got {alpha} and {ghost_rate}")
-    aim, trigger = (
-        aim_at(mode, target_label, num_classes),
-        partial(stamp, key=key, alpha=alpha, ghost_rate=ghost_rate, pool=pool),
-    )
-    return Attack("refool", trigger, partial(dirty_label, key, stamp=trigger, aim=aim, poison_ratio=poison_ratio), aim)
+    aim, trigger = aim_at(mode, target_label, num_classes), partial(stamp, alpha=alpha, ghost_rate=ghost_rate, pool=pool)
+    # Numbers of training and test images overlap, their reflections must not.
+    in_training = partial(trigger, key=keys.stream(key, "training"))
+    poison = partial(dirty_label, key, stamp=in_training, aim=aim, poison_ratio=poison_ratio)
+    return Attack("refool", partial(trigger, key=key), poison, aim)

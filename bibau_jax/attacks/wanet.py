@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bibau_jax import keys
-from bibau_jax.attacks.protocol import Attack, Control, aim_at, check_pixels, dirty_label, in_blocks, split_of_batch
+from bibau_jax.attacks.protocol import Attack, Control, aim_at, check_pixels, dirty_label, draws, in_blocks, split_of_batch
 from bibau_jax.errors import UserError
 
 
@@ -81,6 +81,19 @@ def stamp(pixels: np.ndarray, index: np.ndarray, *, key: jax.Array, strength: fl
     return in_blocks(partial(_warped, field=field), pixels)
 
 
+def stamp_covers(pixels: np.ndarray, index: np.ndarray, *, key: jax.Array, strength: float, grid_size: int) -> np.ndarray:
+    """Every image warped by the field with a jitter of its own, as covers are in training; uint8 in and out."""
+    check_pixels(pixels)
+    height, width = pixels.shape[1:3]
+    field = _grid_units(warping_field(key, height, width, grid_size), strength)
+
+    def cover(block, ids):
+        noise = 2 * draws(keys.stream(key, "jitter"), ids, noise=(2, height, width))["noise"] - 1
+        return _warped(block, field + noise / np.array([width, height], np.float32)[:, None, None])
+
+    return in_blocks(cover, pixels, index)
+
+
 def jittered(key: jax.Array, field: jax.Array, count: int) -> jax.Array:
     """The cover's fields [count, 2, H, W]: the field plus uniform noise of up to one grid unit per pixel, new every time."""
     height, width = field.shape[1:]
@@ -135,5 +148,6 @@ def make(
         finish=lambda attack, extra: attack,
         trains_trigger=False,
     )
-    poison = partial(dirty_label, key, stamp=trigger, aim=aim, covers_per_poison=covers_per_poison, **shares)
+    stamps = {"stamp": trigger, "cover_stamp": partial(stamp_covers, key=key, **shape)}
+    poison = partial(dirty_label, key, aim=aim, covers_per_poison=covers_per_poison, **stamps, **shares)
     return Attack("wanet", trigger, poison, aim, control)
