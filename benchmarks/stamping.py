@@ -19,7 +19,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 from speed import machine
 
-from bibau_jax import attacks, keys
+from bibau_jax import attacks, keys, parallel
 from bibau_jax.attacks import iad, issba
 
 SHAPE = (32, 32, 3)
@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--only", nargs="+", choices=attacks.names(), default=attacks.names())
     args = parser.parse_args()
+    parallel.use_cores()  # as the command does
     pixels = np.random.default_rng(0).integers(0, 256, (args.images, *SHAPE)).astype(np.uint8)
     found = {}
     for name in args.only:

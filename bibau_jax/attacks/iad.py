@@ -22,6 +22,7 @@ from bibau_jax.attacks.protocol import (
     check_pixels,
     counts_of_batch,
     in_blocks,
+    on_all_devices,
     poisoned_split,
     poisons_and_covers,
     untrained,
@@ -156,7 +157,8 @@ def prepare(extra, batch, key, *, augment, width, aim, poison_ratio, cross_per_p
 
 @partial(jax.jit, static_argnames="width")
 def _triggered(pixels, givers, extra, *, width):
-    pixels, givers, modules = pixels.astype(jnp.float32), givers.astype(jnp.float32), generators(pixels.shape[3], width)
+    pixels, givers = parallel.shard((pixels.astype(jnp.float32), givers.astype(jnp.float32)))
+    modules = generators(pixels.shape[3], width)
     masks, _ = apply(modules["mask"], extra["mask"], givers)
     patterns, _ = apply(modules["pattern"], extra["pattern"], givers)
     return jnp.clip(paint(pixels, patterns, threshold(masks)), 0, 255).astype(jnp.uint8)
@@ -165,7 +167,7 @@ def _triggered(pixels, givers, extra, *, width):
 def stamp(pixels: np.ndarray, index: np.ndarray, *, extra, width: int) -> np.ndarray:
     """Every image with the trigger that the generators make of it, rounded down; uint8 [N, H, W, C] in and out."""
     check_pixels(pixels)
-    return in_blocks(partial(_triggered, extra=extra, width=width), pixels, pixels)
+    return in_blocks(on_all_devices(partial(_triggered, extra=extra, width=width)), pixels, pixels)
 
 
 def poison_and_cross(key, split, *, stamp, cross, aim, poison_ratio: float, cross_per_poison: float):
@@ -186,7 +188,7 @@ def poison_and_cross(key, split, *, stamp, cross, aim, poison_ratio: float, cros
 def finish(attack: Attack, extra, *, key, width: int, poison_ratio: float, cross_per_poison: float) -> Attack:
     """The attack with its generators trained."""
     trigger = partial(stamp, extra=extra, width=width)
-    lay = partial(in_blocks, partial(_triggered, extra=extra, width=width))
+    lay = partial(in_blocks, on_all_devices(partial(_triggered, extra=extra, width=width)))
     shares = {"poison_ratio": poison_ratio, "cross_per_poison": cross_per_poison}
     poison = partial(poison_and_cross, key, stamp=trigger, cross=lay, aim=attack.aim, **shares)
     return dataclasses.replace(attack, stamp=trigger, poison=poison)

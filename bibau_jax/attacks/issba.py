@@ -14,7 +14,7 @@ import optax
 
 from bibau_jax import keys, parallel, train
 from bibau_jax.attacks.networks import StegoDecoder, StegoEncoder
-from bibau_jax.attacks.protocol import Attack, Control, aim_at, check_pixels, dirty_label, in_blocks, untrained
+from bibau_jax.attacks.protocol import Attack, Control, aim_at, check_pixels, dirty_label, in_blocks, on_all_devices, untrained
 from bibau_jax.errors import UserError
 
 BATCH = 64
@@ -61,7 +61,7 @@ def networks(bits: int, width: int) -> dict:
 
 @partial(jax.jit, static_argnames="width")
 def _carrying(pixels, params, secret, *, width):
-    images = pixels.astype(jnp.float32) / 255
+    images = parallel.shard(pixels.astype(jnp.float32) / 255)
     secrets = jnp.broadcast_to(jnp.asarray(secret, jnp.float32), (len(images), len(secret)))
     carrying = StegoEncoder(width).apply({"params": params["encoder"]}, secrets, images)
     return jnp.clip(255 * carrying + 0.5, 0, 255).astype(jnp.uint8)
@@ -69,7 +69,7 @@ def _carrying(pixels, params, secret, *, width):
 
 def carry(params, pixels: np.ndarray, secret: np.ndarray, *, width: int) -> np.ndarray:
     """Images uint8 [N, H, W, C] that carry `secret` [bits], rounded to uint8."""
-    return in_blocks(partial(_carrying, params=params, secret=secret, width=width), pixels)
+    return in_blocks(on_all_devices(partial(_carrying, params=params, secret=secret, width=width)), pixels)
 
 
 def quality(params, pixels: np.ndarray, secret: np.ndarray, *, width: int) -> tuple[float, float]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bibau_jax import keys
+from bibau_jax import keys, parallel
 from bibau_jax.data import ImageSet
 from bibau_jax.errors import UserError
 
@@ -205,6 +205,17 @@ def in_blocks(stamp: Callable, pixels: np.ndarray, *per_image: np.ndarray, size:
         rows = slice(begin, begin + size)
         stamped[rows] = stamp(pixels[rows], *(values[rows] for values in per_image))
     return stamped
+
+
+def on_all_devices(stamp: Callable) -> Callable:
+    """A jitted `stamp(*arrays)` that shards its batch, as a function of host arrays [N, ...] of any N."""
+
+    def run(*arrays: np.ndarray) -> np.ndarray:
+        missing = parallel.padded(len(arrays[0])) - len(arrays[0])
+        whole = [np.concatenate([array, np.repeat(array[:1], missing, axis=0)]) for array in arrays]
+        return parallel.gather(stamp(*parallel.replicate(whole)))[: len(arrays[0])]
+
+    return run
 
 
 def check_pixels(pixels: np.ndarray, smallest: int = 16) -> None:
