@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import partial
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ def timeless(history):
 
 
 def close(found, expected, **tolerance):
-    jax.tree.map(partial(np.testing.assert_allclose, **tolerance), jax.device_get(found), jax.device_get(expected))
+    chex.assert_trees_all_close(jax.device_get(found), jax.device_get(expected), **tolerance)
 
 
 @pytest.fixture
