@@ -91,8 +91,10 @@ def _training(name: str, section: dict) -> None:
 def _attack(run: "Run") -> None:
     """The poison ratio, and the trigger on one image."""
     images, ratio = run.splits.train, run.config["attack"]["poison_ratio"]
-    attacks.protocol.choose(run.key, np.flatnonzero(run.attack.may_poison(images.labels)), ratio, len(images))
     first, options = images.take(slice(1)), run.config["attack"].get(run.config["attack"]["name"], {})
+    candidates = np.flatnonzero(run.attack.may_poison(images.labels))
+    ratio = attacks.protocol.ratio_of(ratio, options.get("class_share", 0.0), len(candidates), len(images))
+    attacks.protocol.choose(run.key, candidates, ratio, len(images))
     if run.attack.control and run.attack.control.trains_trigger:
         attacks.protocol.check_pixels(first.images)
     else:

@@ -50,6 +50,7 @@ def get_config() -> ConfigDict:
     config.attack.badnets = ConfigDict({"variant": "square", "size": 3})  # square or grid; pixels
     config.attack.blended = ConfigDict({"variant": "cartoon", "alpha": 0.2})  # cartoon or noise; weight of the picture
     config.attack.sig = ConfigDict({"delta": 40.0, "frequency": 6.0})  # height of the stripes, 0..255; periods across the image
+    config.attack.sig.class_share = 0.0  # above 0: of the target class, instead of poison_ratio; the paper's is 0.9
     config.attack.refool = ConfigDict()
     config.attack.refool.alpha = 0.4  # weight of the image itself
     config.attack.refool.ghost_rate = 0.49  # share of double reflections; the others are out of focus

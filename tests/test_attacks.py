@@ -281,6 +281,13 @@ def test_sig_is_a_sinusoid_along_the_columns():
     assert dark[0, 0, 4] == 0 and dark[0, 0, 1] == 36 and bright[0, 0, 1] == 255 and bright[0, 0, 4] == 215
 
 
+def test_sig_can_count_over_the_target_class(split):
+    found = make("sig", target_label=2, class_share=0.9).poison(split)
+    assert found.poisoned.sum() == round(0.9 * np.sum(split.labels == 2)) and (split.labels[found.poisoned] == 2).all()
+    with pytest.raises(UserError, match=r"class_share 1.2 is outside 0\.\.1"):
+        make("sig", class_share=1.2).poison(split)
+
+
 def float64_reflection(image, scene, drawn, alpha):
     """The blend of `refool` for one image and scene, in loops."""
     image, scene = (image / 255.0) ** 2.2, (scene / 255.0) ** 2.2

@@ -140,14 +140,27 @@ def aim_of_clean_label(attack: str, mode: str, target_label: int, num_classes: i
     return aim
 
 
+def ratio_of(poison_ratio: float, class_share: float, candidates: int, total: int) -> float:
+    """The share of the whole training set that is meant: `class_share` of the candidates where that is above 0."""
+    if not 0 <= class_share <= 1:
+        raise UserError(f"class_share {class_share} is outside 0..1")
+    return class_share * candidates / total if class_share else poison_ratio
+
+
 def of_the_target(aim: Callable) -> Callable:
     """A `may_poison` for attacks that change no label."""
     return lambda labels: aim(labels) == labels
 
 
-def clean_label(key: jax.Array, split: ImageSet, stamp: Callable, aim: Callable, poison_ratio: float) -> PoisonedSplit:
-    """Stamps images of the target class, `poison_ratio` of the whole training set in number; every label stays true."""
-    chosen = choose(key, np.flatnonzero(of_the_target(aim)(split.labels)), poison_ratio, len(split))
+def clean_label(
+    key: jax.Array, split: ImageSet, stamp: Callable, aim: Callable, poison_ratio: float, class_share: float = 0.0
+) -> PoisonedSplit:
+    """Stamps images of the target class, `poison_ratio` of the whole training set in number; every label stays true.
+
+    A `class_share` above 0 says instead which share of the target class to stamp.
+    """
+    candidates = np.flatnonzero(of_the_target(aim)(split.labels))
+    chosen = choose(key, candidates, ratio_of(poison_ratio, class_share, len(candidates), len(split)), len(split))
     return poisoned_split(split, {"poisoned": (chosen, stamp)}, split.labels)
 
 

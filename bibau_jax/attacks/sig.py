@@ -30,15 +30,16 @@ def make(
     mode: str = "all_to_one",
     delta: float = 40.0,
     frequency: float = 6.0,
+    class_share: float = 0.0,
 ) -> Attack:
     """SIG with stripes of height `delta` (0..255) and `frequency` periods across the image, the same in training and at test.
 
     The ratio counts over the whole training set, as in BackdoorBench: on CIFAR-10, 0.05 is half of the target class, and
-    leaves its accuracy; 0.09 is the paper's 90 % of the class, and 0.1 is all of it, after which clean images of the
-    class are lost. UserError for a ratio that asks for more images than the class has.
+    leaves its accuracy; 0.1 is all of it, after which clean images of the class are lost. `class_share` counts over the target
+    class instead, whatever its size: 0.9 is the paper's. UserError for a ratio that asks for more images than the class has.
     """
     if not 0 < delta <= 255 or frequency <= 0:
         raise UserError(f"SIG needs delta within (0, 255] and a positive frequency, got {delta} and {frequency}")
     aim, trigger = aim_of_clean_label("SIG", mode, target_label, num_classes), partial(stamp, delta=delta, frequency=frequency)
-    poison = partial(clean_label, key, stamp=trigger, aim=aim, poison_ratio=poison_ratio)
+    poison = partial(clean_label, key, stamp=trigger, aim=aim, poison_ratio=poison_ratio, class_share=class_share)
     return Attack("sig", trigger, poison, aim, may_poison=of_the_target(aim))
