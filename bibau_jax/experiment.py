@@ -77,7 +77,9 @@ class Run:
     def attack_named(self, name: str) -> attacks.Attack:
         """An attack with its settings in the config, whether it is the run's own or another."""
         section, options = self.config["attack"], self.config["attack"].get(name, {})
-        shared = {option: section[option] for option in ("target_label", "poison_ratio", "mode")}
+        shared = {option: section[option] for option in ("target_label", "mode")}
+        if section["poison_ratio"] != 0:
+            shared["poison_ratio"] = section["poison_ratio"]
         key = keys.stream(self.key, "attack")
         return attacks.get(name).make(key, num_classes=self.dataset.num_classes, **shared, **options)
 
@@ -122,6 +124,7 @@ def run(config: dict, folder: str, command: str = "") -> records.Record | None:
     wanted = preflight.stages(config["stages"], STAGES)
     distributed = config["distributed"]
     parallel.connect(distributed["coordinator"], distributed["processes"], distributed["process"])
+    config = settled(config)
     this = Run(config, Path(folder).expanduser().absolute())
     preflight.check(this, wanted)
     workdir.claim(folder, config)
@@ -129,6 +132,15 @@ def run(config: dict, folder: str, command: str = "") -> records.Record | None:
         {"implant": implant, "purify": purify, "evaluate": evaluate, "report": write_report}[stage](this, command)
     path = this.folder / "record.json"
     return records.read(path) if path.exists() else None
+
+
+def settled(config: dict) -> dict:
+    """The config with the attack's usual poison ratio where that is left to it (0), so that folder and record tell it."""
+    section = config["attack"]
+    if section["poison_ratio"] != 0:
+        return config
+    usual = inspect.signature(attacks.get(section["name"]).make).parameters["poison_ratio"].default
+    return config | {"attack": section | {"poison_ratio": usual}}
 
 
 # --- implant
@@ -155,10 +167,10 @@ def _train_model(this: Run, stage: str, command: str, *, poisoned: bool) -> None
     with cost.measure() as spent:
         control = attack.control if poisoned else None
         shift = {name: this.config["data"][name] for name in ("padding", "flip")}
-        prepare, training, extra, learned = partial(train.augmented, **shift), split, (), ()
+        prepare, training, extra, learned, before = partial(train.augmented, **shift), split, (), (), []
         if control:
             augment = partial(crop_and_flip, **shift)
-            learned = _learned(this, control, key, split, augment)
+            learned, before = _learned(this, control, key, split, augment)
         hand = control if control and control.prepare else None  # in training
         if hand:
             prepare, extra = partial(control.prepare, augment=augment), learned
@@ -193,18 +205,20 @@ def _train_model(this: Run, stage: str, command: str, *, poisoned: bool) -> None
     if hand and hand.stamps:
         training = control.finish(attack, learned).poison(split)
     if poisoned:
-        _write_arrays(folder / "poison.npz", training.flags())
-    _finish(this, stage, {"variables": state.variables, "extra": learned}, history, spent, command)
+        told = {"seed": np.int64(this.config["seed"]), "poison_ratio": np.float64(this.config["attack"]["poison_ratio"])}
+        _write_arrays(folder / "poison.npz", training.flags() | told)
+    _finish(this, stage, {"variables": state.variables, "extra": learned}, [*before, *history], spent, command)
 
 
 def _learned(this: Run, control: attacks.Control, key, split, augment):
-    """What the attack learns before the victim's training; kept beside it, so that it is learned once."""
+    """What the attack learns before the victim's training, and its history; kept beside it, so that it is learned once."""
     stage, journal = "implant/trigger", this.journal("implant/trigger")
     if not (this.folder / stage / "model").exists():
-        extra = control.init(keys.stream(key, "trigger"), split, journal, augment)
-        checkpoint.save(this.folder / stage / "model", {"extra": extra}, {})
+        extra, history = control.init(keys.stream(key, "trigger"), split, journal, augment)
+        checkpoint.save(this.folder / stage / "model", {"extra": extra}, {"history": history})
     shutil.rmtree(journal.keeper.directory, ignore_errors=True)  # those of its parts too
-    return {"extra": (), **checkpoint.load(this.folder / stage / "model")[0]}["extra"]
+    tree, info = checkpoint.load(this.folder / stage / "model")
+    return {"extra": (), **tree}["extra"], info["history"]
 
 
 def _finish(this: Run, stage: str, tree, history, spent, command: str) -> None:
@@ -246,6 +260,20 @@ def attack_as_trained(this: Run) -> tuple[attacks.Attack, dict]:
     return attack.control.finish(attack, extra) if attack.control else attack, variables
 
 
+def poisoned_split(this: Run) -> attacks.PoisonedSplit:
+    """The training set as it was poisoned for this run's backdoored model, made again from the attack and what it learned.
+
+    Of an attack that stamps every batch anew, a fixed set of the same kind. UserError where the flags saved with the run are
+    not those of the set that this program makes.
+    """
+    attack, _ = attack_as_trained(this)
+    made, path = attack.poison(this.splits.train), this.model_folder("implant").parent / "poison.npz"
+    with np.load(path) as saved:
+        if not all(np.array_equal(saved[name], values) for name, values in made.flags().items()):
+            raise UserError(f"{path} holds another poisoned set than this version of bibau_jax makes of the same settings")
+    return made
+
+
 # --- purify
 
 
@@ -276,8 +304,7 @@ def purify(this: Run, command: str) -> None:
 
 def evaluate(this: Run, command: str) -> None:
     """Clean accuracy, attack success rate and robust accuracy of every model there is, on the whole test set."""
-    stages = {"none": "implant"} | ({"clean": "clean"} if this.config["implant"]["clean_twin"] != "none" else {})
-    stages |= {row: f"purify/{row}" for row in this.rows}
+    stages = {"none": "implant"} | _finished(this)
     named = {_name(this, row): (_label(this, row), stage) for row, stage in stages.items()}
     path = this.folder / "record.json"
     told = records.read(path).metrics if path.exists() else {}
@@ -313,6 +340,18 @@ def evaluate(this: Run, command: str) -> None:
     update(this, command, metrics=metrics, stages={"evaluate": records.StageCost(**dataclasses.asdict(spent))})
 
 
+def _finished(this: Run) -> dict[str, str]:
+    """The stages beside `implant` whose models can be measured, by row; says which are missing."""
+    wanted = {"clean": "clean"} if this.config["implant"]["clean_twin"] != "none" else {}
+    wanted |= {row: f"purify/{row}" for row in this.rows}
+    found = {row: stage for row, stage in wanted.items() if (this.folder / stage / "model").exists()}
+    if this.config["implant"]["clean_twin"] not in ("train", "none"):
+        found |= {"clean": "clean"}
+    if missing := [stage for row, stage in wanted.items() if row not in found]:
+        progress.say(f"evaluate: without {', '.join(missing)}, not done yet", show=parallel.is_lead())
+    return found
+
+
 def _name(this: Run, row: str) -> str:
     return "purified" if row == this.config["defense"]["name"] else MODELS.get(row, row)
 
@@ -339,6 +378,7 @@ def _strip(this: Run, attack: attacks.Attack, variables: dict) -> dict:
         f"{kind}_by_{name}": train.predict(this.classifier, variables[name], images)
         for kind, images in kinds.items()
         for name in ("backdoored", "purified")
+        if name in variables
     }
     aims = attack.aim(chosen.labels)
     return kinds | seen | {"labels": chosen.labels, "aims": aims, "class_names": np.array(this.dataset.class_names)}

@@ -128,8 +128,14 @@ def check_batch(batch_size: int, name: str) -> None:
 
 
 def batch_of(size: int) -> int:
-    """The largest batch of at most `size` that the devices can share out evenly, for trainings whose batch is not a setting."""
-    return max(size // device_count(), 1) * device_count()
+    """The largest batch of at most `size` that the devices can share out evenly, for trainings whose batch is not a setting.
+
+    It is the same for 1, 2, 4 and 8 devices, so that these give the same numbers; below 8 images it may not be.
+    """
+    block = math.lcm(device_count(), 8)
+    if size < block:
+        block = device_count()
+    return max(size // block, 1) * block
 
 
 def padded(size: int, chunk: int = 1) -> int:

@@ -5,10 +5,6 @@ python -m bibau_jax.main --config=configs/digits.py --workdir=runs/digits --conf
 
 from ml_collections import ConfigDict
 
-# Of the whole training set, where it is not the usual tenth: what each attack's authors or BackdoorBench's curves recommend.
-POISON_RATIOS = {"sig": 0.05, "narcissus": 0.0005, "adap_blend": 0.003, "adap_patch": 0.003}
-POISON_RATIOS |= {"enhanced_adap_blend": 0.003, "enhanced_adap_patch": 0.003}
-
 
 def get_config() -> ConfigDict:
     """The defaults: the paper's settings where it states them, at full ResNet-18 size."""
@@ -45,7 +41,7 @@ def get_config() -> ConfigDict:
     config.attack = ConfigDict()
     config.attack.name = "badnets"  # a file in bibau_jax/attacks
     config.attack.target_label = 0  # the class that triggered images shall get
-    config.attack.poison_ratio = 0.1  # of the whole training set
+    config.attack.poison_ratio = 0.0  # of the whole training set; 0 takes the attack's usual share (a tenth for most)
     config.attack.mode = "all_to_one"  # or all_to_all: class y becomes y + 1
     config.attack.badnets = ConfigDict({"variant": "square", "size": 3})  # square or grid; pixels
     config.attack.blended = ConfigDict({"variant": "cartoon", "alpha": 0.2})  # cartoon or noise; weight of the picture
@@ -69,6 +65,8 @@ def get_config() -> ConfigDict:
     config.attack.narcissus.epochs = 1000  # passes over the target class in search of the trigger
     config.attack.narcissus.statistics = "train"  # BatchNorm's during that search: train (of the batch) or eval (running)
     config.attack.narcissus.surrogate_epochs = 200
+    config.attack.narcissus.warm_up_epochs = 5  # of the surrogate, on the target class alone
+    config.attack.narcissus.public = ""  # folder of other pictures, a subfolder a class; "" takes the other classes' images
     config.attack.narcissus.width = 64  # of the surrogate
     config.attack.narcissus.stages = (2, 2, 2, 2)
     config.attack.adap_blend = ConfigDict({"variant": "cartoon", "alpha": 0.2, "test_alpha": 0.2})  # weights of the picture
@@ -91,12 +89,6 @@ def get_config() -> ConfigDict:
     config.defense = defense()
     config.defense.target_label = config.attack.get_ref("target_label") + 0  # follows the attack's until it is set itself
     return config
-
-
-def choose_attack(config: ConfigDict, name: str) -> None:
-    """Sets the attack, and the share of the training set that it usually poisons."""
-    config.attack.name = name
-    config.attack.poison_ratio = POISON_RATIOS.get(name, config.attack.poison_ratio)
 
 
 def defense() -> ConfigDict:

@@ -9,5 +9,5 @@ from configs import base
 def get_config(attack: str = "badnets"):
     """The paper's setting; `configs/cifar10.py:blended` for another attack."""
     config = base.get_config()
-    base.choose_attack(config, attack)
+    config.attack.name = attack
     return config

@@ -18,7 +18,7 @@ def get_config(attack: str = "badnets"):
     config.model.stages = (1, 1, 1)
     config.model.mean = (0.305,)
     config.model.std = (0.376,)
-    base.choose_attack(config, attack)
+    config.attack.name = attack
     config.attack.iad.width = 8
     config.attack.iad.mask_epochs = 10
     config.attack.issba.width = 8

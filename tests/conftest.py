@@ -30,6 +30,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 ROOT = Path(__file__).parents[1]
 DIGITS = {"num_classes": 10, "image_shape": (16, 16, 1), "mean": (0.305,), "std": (0.376,)}
 SMALL = {
+    "attack.poison_ratio": 0.1,
     "data.train_size": 200,
     "data.clean_size": 40,
     "data.validation_size": 20,

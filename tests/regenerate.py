@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bibau_jax import keys, models, parallel, train
+from bibau_jax import attacks, keys, models, parallel, train
+from bibau_jax.attacks import iad, issba
 from bibau_jax.defenses import bibau
 
 FOLDER = Path(__file__).parent / "goldens"
@@ -77,6 +78,30 @@ def bibau_steps() -> dict[str, list[dict[str, float]]]:
     return found
 
 
+# What the attacks that train their triggers have learned: networks as they begin, so that nothing here takes long.
+LEARNED = {
+    "iad": lambda shape: iad.fresh(keys.root(0), shape, width=2),
+    "issba": lambda shape: issba.fresh(keys.root(0), shape, bits=1, width=2) | {"secret": np.ones(1)},
+    "narcissus": lambda shape: {"delta": np.random.default_rng(1).choice([-16.0, 16.0], shape)},
+}
+OPTIONS = {"iad": {"width": 2}, "issba": {"width": 2}, "narcissus": {"poison_ratio": 0.02}}
+
+
+def attack(name, seed=0, *, shape=(16, 20, 3), **options):
+    """The attack, and where its trigger is trained, what it is then for images of `shape`."""
+    made = attacks.get(name).make(keys.root(seed), num_classes=5, **OPTIONS.get(name, {}) | options)
+    return made.control.finish(made, LEARNED[name](shape)) if name in LEARNED else made
+
+
+def stamps() -> dict[str, np.ndarray]:
+    """Every attack's trigger on two images of 32x32: a ramp of grey from left to right, and one of colours downwards."""
+    ramp = np.linspace(0, 255, 32).astype(np.uint8)
+    grey = np.broadcast_to(ramp[:, None], (32, 32, 3))
+    colours = np.stack([np.broadcast_to(ramp[:, None], (32, 32)), np.full((32, 32), 128), 255 - grey[..., 0]], -1)
+    images = np.stack([grey, colours.astype(np.uint8)])
+    return {name: attack(name, shape=(32, 32, 3)).stamp(images, np.arange(2)) for name in attacks.names()}
+
+
 def main() -> None:
     """Writes every golden file."""
     FOLDER.mkdir(exist_ok=True)
@@ -84,6 +109,8 @@ def main() -> None:
         for name, make in (("resnet18", resnet18), ("bibau", bibau_steps)):
             (FOLDER / f"{name}.json").write_text(json.dumps(make(), indent=1) + "\n")
             print(f"wrote {FOLDER / name}.json")
+        np.savez_compressed(FOLDER / "stamps.npz", **stamps())
+        print(f"wrote {FOLDER / 'stamps'}.npz")
 
 
 if __name__ == "__main__":

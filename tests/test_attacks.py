@@ -17,6 +17,7 @@ from bibau_jax.attacks import adap_patch, blended, coupling, iad, issba, narciss
 from bibau_jax.data import ImageSet
 from bibau_jax.errors import UserError
 from bibau_jax.metrics import rates
+from tests import regenerate
 
 EVERY = pytest.mark.parametrize("name", attacks.names())
 MODES = pytest.mark.parametrize("mode", protocol.MODES)
@@ -33,19 +34,7 @@ def split() -> ImageSet:
     return ImageSet(images, labels, RNG.permutation(97).astype(np.int32) + 1000)
 
 
-# What the attacks that train their triggers have learned: networks as they begin, so that nothing here takes long.
-LEARNED = {
-    "iad": lambda shape: iad.fresh(keys.root(0), shape, width=2),
-    "issba": lambda shape: issba.fresh(keys.root(0), shape, bits=1, width=2) | {"secret": np.ones(1)},
-    "narcissus": lambda shape: {"delta": np.random.default_rng(1).choice([-16.0, 16.0], shape)},
-}
-OPTIONS = {"iad": {"width": 2}, "issba": {"width": 2}, "narcissus": {"poison_ratio": 0.02}}
-
-
-def make(name, seed=0, *, shape=(16, 20, 3), **options):
-    """The attack, and where its trigger is trained, what it is then for images of `shape`."""
-    attack = attacks.get(name).make(keys.root(seed), num_classes=5, **OPTIONS.get(name, {}) | options)
-    return attack.control.finish(attack, LEARNED[name](shape)) if name in LEARNED else attack
+LEARNED, make = regenerate.LEARNED, regenerate.attack
 
 
 # --- every attack
@@ -214,7 +203,39 @@ def test_an_unknown_attack_is_refused_with_the_known_ones(name):
         attacks.get(name)
 
 
+def crop_of_the_corner(key, pixels):
+    """An augmentation whose doing can be told: everything moves two rows up, the last rows turn black."""
+    return jnp.concatenate([pixels[:, 2:], 0 * pixels[:, :2]], axis=1)
+
+
+@pytest.mark.parametrize("name", ["wanet", "iad", "enhanced_adap_blend"])
+def test_a_trigger_is_stamped_before_the_crop_and_iads_after_it(name, split):
+    images = ImageSet(split.images[:40, :, :16], split.labels[:40], split.ids[:40])
+    attack, found = make(name, poison_ratio=0.1, shape=(16, 16, 3)), None
+    batch = {"images": images.images, "labels": images.labels}
+    if not attack.control.stamps:
+        found = attack.poison(images)
+        batch = {flag: getattr(found, flag) for flag in ("images", "labels", "poisoned", "cover")}
+    extra = LEARNED[name]((16, 16, 3)) if name in LEARNED else ()
+    pixels, *_ = attack.control.prepare(extra, batch, keys.root(1), augment=crop_of_the_corner)
+    if name == "iad":
+        assert np.asarray(pixels[:4, -2:]).max() > 0  # the trigger covers what the crop left black
+    else:
+        stamped = attack.stamp(images.images, images.ids) if found is None else found.images
+        assert not np.asarray(pixels[:, -2:]).any()
+        np.testing.assert_array_equal(np.asarray(pixels[:4, :-2]).astype(np.uint8), stamped[:4, 2:])
+
+
 # --- the triggers by hand
+
+
+@EVERY
+def test_a_stamped_ramp_is_the_one_that_was_looked_at(name):
+    with np.load(regenerate.FOLDER / "stamps.npz") as golden:
+        then = golden[name]
+    rounding = 0 if name in ("badnets", "sig", "blended", "adap_patch", "enhanced_adap_patch") else 1
+    apart = np.abs(regenerate.stamps()[name].astype(int) - then)
+    assert apart.max() <= rounding, regenerate.HOW
 
 
 def test_badnets_square_is_white_in_the_last_rows_and_columns():
@@ -264,6 +285,13 @@ def test_a_blended_picture_changes_images_by_about_twenty_grey_levels(variant, d
     for pixels in (digits.test.images[:100], RNG.integers(0, 256, (100, 32, 32, 3)).astype(np.uint8)):
         stamped = make("blended", variant=variant).stamp(pixels, np.arange(100))
         assert 10 < np.abs(stamped.astype(int) - pixels).mean() < 35
+
+
+def test_the_random_pattern_is_uniform_noise_at_32_pixels():
+    noise = blended.picture("noise", 32, 32, 3).astype(float)
+    np.testing.assert_allclose(noise.mean((0, 1)), 127.5, atol=5)
+    np.testing.assert_allclose(noise.std((0, 1)), 255 / 12**0.5, atol=5)
+    np.testing.assert_array_equal(blended.picture("noise", 64, 64, 3)[::2, 1::2], noise)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.2])
@@ -409,8 +437,9 @@ def test_a_batch_of_wanet_holds_poison_covers_and_clean_images_in_this_order():
 
 
 def test_a_batch_too_small_for_a_poison_gets_one_now_and_then():
-    counts = [[int(flags.sum()) for flags in protocol.split_of_batch(keys.root(seed), 10, 0.05, 2.0)] for seed in range(200)]
-    assert {tuple(pair) for pair in counts} == {(0, 0), (1, 2)} and 60 < sum(pair[0] for pair in counts) < 140
+    counted = [protocol.counts_of_batch(keys.root(seed), 10, 0.05, 2.0) for seed in range(200)]
+    assert {pair[:2] for pair in counted} == {(1, 2)} and 60 < sum(bool(here) for *_, here in counted) < 140
+    assert protocol.counts_of_batch(keys.root(0), 128, 0.1, 2.0)[:2] == (12, 24)
 
 
 def test_adap_blend_shows_other_pieces_in_every_image_and_all_of_them_at_test():
@@ -540,7 +569,8 @@ def test_iad_trains_its_masks_first_and_its_patterns_with_the_victim(tiny, tiny_
     images = digits.train.take(slice(128))
     attack = make("iad", mask_epochs=1, shape=images.images.shape[1:])
     same = lambda key, pixels: pixels  # noqa: E731
-    extra = attack.control.init(keys.root(0), images, train.Journal(), same)
+    extra, history = attack.control.init(keys.root(0), images, train.Journal(), same)
+    assert len(history) == 1 and 0 < history[0]["covered"] < 1
     optimizer = train.sgd(lambda step: 0.05, momentum=0.9, weight_decay=0.0)
     step = partial(
         train.train_step,
@@ -554,6 +584,24 @@ def test_iad_trains_its_masks_first_and_its_patterns_with_the_victim(tiny, tiny_
     state, _ = train.fit(step, state, data, key=keys.root(0), epochs=1, batch_size=64)
     changed = jax.tree.map(lambda a, b: bool((np.asarray(a) != np.asarray(b)).any()), dict(state.extra), extra)
     assert all(jax.tree.leaves(changed["pattern"]["params"])) and not any(jax.tree.leaves(changed["mask"]))
+
+
+def test_gradients_of_iads_patterns_can_be_left_to_add_up(digits):
+    images, moved = digits.train.take(slice(64)), {}
+    for cumulative in (False, True):
+        control = make("iad", cumulative=cumulative).control
+        extra = iad.fresh(keys.root(0), images.images.shape[1:], width=2)
+        state = control.optimizer.init(extra)
+        ones = jax.tree.map(jnp.ones_like, extra)
+        sizes = []
+        for scale in (1.0, -1.0):  # the second gradient takes back the first one
+            updates, state = control.optimizer.update(jax.tree.map(lambda leaf: scale * leaf, ones), state, extra)  # noqa: B023
+            sizes.append([float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(updates["pattern"]["params"])])
+            assert not any(leaf.any() for leaf in jax.tree.leaves(updates["mask"]))
+        moved[cumulative] = sizes
+    # Adam of the gradients 1, -1 against that of their sums 1, 0 (betas 0.5 and 0.9, rate 0.01)
+    np.testing.assert_allclose(moved[False][1], 0.01 * abs((0.25 - 0.5) / 0.75), rtol=1e-3)
+    np.testing.assert_allclose(moved[True][1], 0.01 * (0.25 / 0.75) / (0.09 / 0.19) ** 0.5, rtol=1e-3)
 
 
 def test_the_image_counts_for_issba_only_after_the_secret_can_be_read():
@@ -583,7 +631,7 @@ def test_issba_is_refused_while_its_secret_cannot_be_read(digits):
 def test_issba_hides_a_secret_that_is_read_after_rounding_and_follows_the_image(digits):
     options = {"width": 8, "epochs": 60, "learning_rate": 5e-4, "wait": 50, "ramp": 300}
     control = attacks.get("issba").make(keys.root(0), num_classes=10, **options).control
-    learned = control.init(keys.root(0), digits.train, train.Journal(), None)
+    learned, _ = control.init(keys.root(0), digits.train, train.Journal(), None)
     read, psnr = issba.quality(learned, digits.test.images, learned["secret"], width=8)
     assert read >= 0.98 and psnr > 24
     attack = control.finish(attacks.get("issba").make(keys.root(0), num_classes=10, **options), learned)
@@ -606,6 +654,26 @@ def test_narcissus_is_added_in_training_and_enlarged_at_test():
     assert bright[0, 0].tolist() == [255, 202, 255]
 
 
+def test_the_surrogate_of_narcissus_can_be_trained_on_a_folder_of_other_pictures(tmp_path, split):
+    for name, shade in (("chair", 60), ("table", 200)):
+        (tmp_path / name / "images").mkdir(parents=True)
+        for number in range(4):
+            Image.fromarray(np.full((30, 40, 3), shade + number, np.uint8)).save(tmp_path / name / "images" / f"{number}.png")
+    aim = protocol.aim_at("all_to_one", 3, 5)
+    known, targets, classes = narcissus.known_images(split, aim, 5, str(tmp_path))
+    assert classes == 3 and known.labels.tolist() == [0] * 4 + [1] * 4 + [2] * np.sum(split.labels == 3)
+    assert (known.images[:4] < 70).all() and (known.images[4:8] > 190).all()
+    np.testing.assert_array_equal(known.images[8:], split.images[split.labels == 3])
+    np.testing.assert_array_equal(targets.images, known.images[8:])
+    assert (targets.labels == 2).all()
+    options = {"surrogate_epochs": 2, "epochs": 2, "width": 2, "stages": (1,), "public": str(tmp_path), "warm_up_epochs": 0}
+    control = attacks.get("narcissus").make(keys.root(0), num_classes=5, target_label=3, **options).control
+    learned, history = control.init(keys.root(0), split, train.Journal(), lambda key, pixels: pixels)
+    assert np.abs(learned["delta"]).max() > 0 and len(history) == 4
+    with pytest.raises(UserError, match="must hold one subfolder of pictures for each of at least two classes"):
+        attacks.get("narcissus").make(keys.root(0), num_classes=5, public=str(tmp_path / "chair" / "images"))
+
+
 @pytest.mark.parametrize("statistics", narcissus.BATCHES)
 def test_narcissus_finds_a_small_trigger_that_is_evidence_of_the_target_class(statistics, digits, monkeypatch):
     images, histories, fit = digits.train.take(slice(500)), [], train.fit
@@ -618,10 +686,11 @@ def test_narcissus_finds_a_small_trigger_that_is_evidence_of_the_target_class(st
     monkeypatch.setattr(train, "fit", noted)
     options = {"surrogate_epochs": 100, "epochs": 300, "width": 8, "stages": (1,), "epsilon": 60.0, "statistics": statistics}
     attack = attacks.get("narcissus").make(keys.root(0), num_classes=10, target_label=4, **options)
-    learned = attack.control.init(keys.root(0), images, train.Journal(), lambda key, pixels: pixels)
+    learned, told = attack.control.init(keys.root(0), images, train.Journal(), lambda key, pixels: pixels)
     assert learned["delta"].shape == images.images.shape[1:]
     assert np.abs(learned["delta"]).max() > 59.99 and np.abs(learned["delta"]).mean() > 20
     surrogate, warm_up, trigger = histories
+    assert [entry["loss"] for entry in told] == [*surrogate, *warm_up, *trigger]
     assert (len(surrogate), len(warm_up), len(trigger)) == (100, 5, 300) and trigger[-1] < 0.9 * trigger[0]
 
 
@@ -700,7 +769,7 @@ class Learned(NamedTuple):
     weight: float
 
     def init(self, key, split, journal, augment=None):
-        return {"pattern": 0.1 * jax.random.normal(key, split.images.shape[1:])}
+        return {"pattern": 0.1 * jax.random.normal(key, split.images.shape[1:])}, []
 
     def prepare(self, extra, batch, key, augment=None):
         quarter = len(batch["labels"]) // 4
@@ -723,7 +792,7 @@ def train_with_a_learned_trigger(tiny, tiny_variables, digits):
         learned = Learned(weight)
         control = attacks.Control(learned.init, learned.finish, learned.prepare, extra_optimizer)
         images, optimizer = digits.train.take(slice(160)), train.sgd(lambda step: 0.05, momentum=0.9, weight_decay=0.0)
-        extra = control.init(keys.root(0), images, train.Journal())
+        extra, _ = control.init(keys.root(0), images, train.Journal())
         options = {"optimizer": optimizer, "prepare": control.prepare, "extra_optimizer": control.optimizer}
         state, history = train.fit(
             partial(train.train_step, classifier=tiny, **options),

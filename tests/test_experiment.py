@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from bibau_jax import attacks, checkpoint, experiment, keys, records, workdir
+from bibau_jax import attacks, checkpoint, experiment, keys, records, train, workdir
 from bibau_jax.attacks import badnets, issba
 from bibau_jax.data import splits
 from bibau_jax.errors import UserError
@@ -287,7 +287,7 @@ def test_a_folder_that_is_no_run_is_refused_and_stays_as_it_is(tiny_config, tmp_
 
 
 def test_what_an_attack_learns_while_implanting_is_what_it_stamps_at_the_test(tiny_config, tmp_path, monkeypatch):
-    def make(key, **options):
+    def make(key, poison_ratio=0.1, **options):
         def finish(attack, extra):
             shade = int(extra["shade"])
             return dataclasses.replace(attack, stamp=lambda x, index: np.minimum(x, 255 - shade) + np.uint8(shade))
@@ -296,8 +296,8 @@ def test_what_an_attack_learns_while_implanting_is_what_it_stamps_at_the_test(ti
             return batch["images"] + extra["shade"], batch["labels"], 0.01 * (extra["shade"] - 60.0) ** 2, extra
 
         init = {"shade": jnp.float32(10.0)}
-        control = attacks.Control(lambda key, split, journal, augment: init, finish, prepare, optax.sgd(10.0))
-        return dataclasses.replace(badnets.make(key, **options), control=control)
+        control = attacks.Control(lambda key, split, journal, augment: (init, []), finish, prepare, optax.sgd(10.0))
+        return dataclasses.replace(badnets.make(key, poison_ratio=poison_ratio, **options), control=control)
 
     monkeypatch.setattr(attacks, "get", lambda name: SimpleNamespace(make=make))
     config = tiny_config({"implant.epochs": 4}, stages="implant,purify,evaluate")
@@ -326,3 +326,71 @@ def test_every_attack_is_implanted_and_leaves_behind_what_it_poisoned(name, tiny
     changed = found["labels"] != found["original_labels"]
     assert not (changed & ~found["poisoned"]).any() and (changed.any() or name in ("sig", "narcissus"))
     assert checkpoint.load(tmp_path / "run" / "implant" / "model")[1]["seconds"] > 0
+    again = experiment.poisoned_split(experiment.Run(config, tmp_path / "run"))
+    for flag, values in again.flags().items():
+        np.testing.assert_array_equal(values, found[flag])
+    assert found["seed"] == 0 and found["poison_ratio"] == 0.05 and again.images.shape == (200, 16, 16, 1)
+
+
+def test_a_poisoned_set_that_cannot_be_made_again_is_refused(copy):
+    config, folder, _ = copy
+    path = folder / "implant" / "poison.npz"
+    with np.load(path) as saved:
+        arrays = dict(saved)
+    np.savez(path, **arrays | {"poisoned": arrays["poisoned"][::-1]})
+    with pytest.raises(UserError, match="poison.npz holds another poisoned set than this version of bibau_jax makes"):
+        experiment.poisoned_split(experiment.Run(config, folder))
+
+
+@pytest.mark.parametrize(
+    "name, usual", [("badnets", 0.1), ("sig", 0.05), ("narcissus", 0.0005), ("enhanced_adap_patch", 0.003)]
+)
+def test_a_poison_ratio_left_to_the_attack_is_its_usual_one_and_is_told(name, usual, tiny_config):
+    config = tiny_config({"attack.name": name, "attack.poison_ratio": 0.0})
+    assert experiment.settled(config)["attack"]["poison_ratio"] == usual
+    assert config["attack"]["poison_ratio"] == 0.0  # the caller's is left alone
+    assert experiment.settled(tiny_config({"attack.name": name, "attack.poison_ratio": 0.2}))["attack"]["poison_ratio"] == 0.2
+
+
+def test_what_a_trigger_cost_is_counted_when_the_victims_training_is_done_later(tiny_config, tmp_path, monkeypatch):
+    small = {"attack.name": "iad", "attack.iad.width": 2, "attack.iad.mask_epochs": 2, "implant.epochs": 1}
+    config, fit = tiny_config(small, stages="implant"), train.fit
+
+    def cut_off(*args, journal, **options):
+        if journal.stage == "implant":
+            raise KeyboardInterrupt
+        state, history = fit(*args, journal=journal, **options)
+        return state, [entry | {"seconds": 1000.0} for entry in history]
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "fit", cut_off)
+        experiment.run(config, str(tmp_path / "run"))
+    record = experiment.run(config, str(tmp_path / "run"))
+    assert record.stages["implant"].seconds > 2000
+
+
+def test_a_run_without_a_defence_is_measured_and_reported(tiny_config, tmp_path, capsys):
+    config = tiny_config({"implant.clean_twin": "train"}, stages="implant,evaluate,report")
+    record = experiment.run(config, str(tmp_path / "run"))
+    assert record.metrics.keys() == {"backdoored", "clean"}
+    assert "evaluate: without purify/bibau_u, not done yet" in "".join(capsys.readouterr())
+    assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
+    more = experiment.run(config | {"stages": "purify,evaluate"}, str(tmp_path / "run"))
+    assert more.metrics.keys() == {"backdoored", "clean", "purified"}
+    assert more.metrics["backdoored"] == record.metrics["backdoored"]
+
+
+def test_poisoned_images_are_stamped_once_and_then_cropped_with_the_others(tiny_config, tmp_path, monkeypatch):
+    seen, fit = [], train.fit
+    monkeypatch.setattr(
+        train, "fit", lambda step, state, data, **options: seen.append((step, data)) or fit(step, state, data, **options)
+    )
+    config = tiny_config({"data.padding": 2}, stages="implant")
+    experiment.run(config, str(tmp_path / "run"))
+    (step, data), flags = seen[0], np.load(tmp_path / "run" / "implant" / "poison.npz")
+    chosen = np.flatnonzero(flags["poisoned"])
+    assert (data["images"][chosen][:, -3:, -3:] == 255).all()
+    batch = {"images": data["images"][chosen], "labels": data["labels"][chosen]}
+    pixels, labels, _, _ = step.keywords["prepare"]((), batch, keys.root(0))
+    moved = (np.asarray(pixels)[:, -3:, -3:] != 255).any(axis=(1, 2, 3))
+    assert 0.5 < moved.mean() < 1 and (labels == 0).all()  # the crop took part of most triggers with it

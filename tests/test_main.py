@@ -73,7 +73,7 @@ def done(finished, tmp_path):
         ({"stages": "implant,purge"}, 'unknown stage "purge"; known: implant, purify, evaluate, report'),
         ({"attack.target_label": 10}, "target label 10 is outside the 10 classes 0..9"),
         ({"attack.mode": "one_to_one"}, 'attack mode "one_to_one" is unknown; choose one of all_to_one, all_to_all'),
-        ({"attack.poison_ratio": 0.0}, "poison ratio 0.0 is outside (0, 1]"),
+        ({"attack.poison_ratio": -0.1}, "poison ratio -0.1 is outside (0, 1]"),
         ({"attack.poison_ratio": 1.5}, "poison ratio 1.5 is outside (0, 1]"),
         ({"attack.badnets.size": 40}, "a patch of 40 pixels does not fit into images of 16x16"),
         ({"attack.badnets.variant": "disc"}, 'BadNets variant "disc" is unknown; choose one of square, grid'),

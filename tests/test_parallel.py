@@ -14,12 +14,15 @@ import numpy as np
 import optax
 import pytest
 
-from bibau_jax import checkpoint, experiment, keys, parallel, records, train
+from bibau_jax import attacks, checkpoint, experiment, keys, parallel, records, train
+from bibau_jax.attacks import iad
 from bibau_jax.data import ImageSet
+from bibau_jax.data.augment import crop_and_flip
 from bibau_jax.defenses import bibau
 from bibau_jax.errors import UserError
 from bibau_jax.models import Classifier
 from bibau_jax.models.layers import Head, Normalize
+from tests import regenerate
 
 TERMS = bibau.Weights(1.0, 1.0, 1.0, 0.5, 0.5, 4.0, 0.5, "cosine", 100.0, "neg_log")
 L2 = bibau.Perturbation("l2", 200.0, 60.0, 2)
@@ -68,6 +71,8 @@ def test_sizes_are_padded_to_whole_chunks_on_every_device(eight):
 
 def test_a_batch_that_nobody_set_is_one_that_can_be_shared_out(eight):
     assert [parallel.batch_of(size) for size in (350, 121, 8, 5)] == [344, 120, 8, 8]
+    with parallel.on_devices(2):
+        assert [parallel.batch_of(size) for size in (350, 121, 8, 5)] == [344, 120, 8, 4]
 
 
 def test_a_batch_that_cannot_be_shared_out_evenly_is_refused(eight, tiny, tiny_variables, digits):
@@ -184,6 +189,51 @@ def test_bibau_on_eight_devices_is_bibau_on_one(tiny, tiny_variables, digits):
     assert expected.history[0]["iewc_awake"] > 0
     apart = np.abs(found.samples["adversarial"].astype(int) - expected.samples["adversarial"])
     assert apart.mean() < 0.05
+
+
+@pytest.mark.parametrize("name, own", [("wanet", None), ("iad", (16, 16, 1)), ("enhanced_adap_patch", None)])
+def test_an_attack_that_takes_a_hand_in_training_takes_it_on_eight_devices_too(tiny, tiny_variables, digits, name, own):
+    """What is stamped lies in the first places of the batch, that is on some devices only."""
+    images = digits.train.take(slice(64))
+    attack = attacks.get(name).make(keys.root(0), num_classes=10, poison_ratio=0.1, **({"width": 2} if own else {}))
+    control, optimizer = attack.control, train.sgd(optax.constant_schedule(0.05), momentum=0.9, weight_decay=5e-4)
+    extra = iad.fresh(keys.root(1), own, width=2) if own else ()
+    data = {"images": images.images, "labels": images.labels}
+    if not control.stamps:
+        found = attack.poison(images)
+        data = {flag: getattr(found, flag) for flag in ("images", "labels", "poisoned", "cover")}
+    states = []
+    for devices in (1, 8):
+        with parallel.on_devices(devices):
+            state, _ = train.fit(
+                partial(
+                    train.train_step,
+                    classifier=tiny,
+                    optimizer=optimizer,
+                    prepare=partial(control.prepare, augment=partial(crop_and_flip, padding=2, flip=True)),
+                    extra_optimizer=control.optimizer,
+                ),
+                train.new_state(tiny_variables, optimizer, extra, control.optimizer),
+                data,
+                key=keys.root(0),
+                epochs=1,
+                batch_size=32,
+            )
+            states.append(jax.device_get((state.variables, state.extra)))
+    close(states[1][0], states[0][0], atol=1e-4)
+    # Adam takes whole steps of 0.01 whatever the gradient's size, so rounding tells where that is next to nothing.
+    apart = [np.abs(a - b) for a, b in zip(*map(jax.tree.leaves, (states[1][1], states[0][1])), strict=True)]
+    assert not own or np.mean(np.concatenate([leaf.ravel() for leaf in apart]) > 1e-4) < 0.05
+
+
+@pytest.mark.parametrize("name", ["iad", "issba"])
+def test_networks_stamp_on_eight_devices_what_they_stamp_on_one(name, digits):
+    images = digits.test.take(slice(13))
+    stamped = []
+    for devices in (1, 8):
+        with parallel.on_devices(devices):
+            stamped.append(regenerate.attack(name, shape=(16, 16, 1)).stamp(images.images, images.ids).astype(int))
+    np.testing.assert_allclose(stamped[1], stamped[0], atol=1)
 
 
 @pytest.mark.parametrize("size", [1, 13])

@@ -1,4 +1,4 @@
-"""The package beside PyTorch: arrays that tests/torch/make_resnet18.py computed there, in float32, without PyTorch here."""
+"""The package beside PyTorch: arrays that the scripts in tests/torch computed there, in float32, without PyTorch here."""
 
 from functools import cache, partial
 from pathlib import Path
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from bibau_jax import keys, models, parallel, train
+from bibau_jax.attacks import iad, networks, wanet
 from bibau_jax.defenses import bibau
 from bibau_jax.information import diagonal_fisher
 from bibau_jax.method import ewc
@@ -202,3 +203,40 @@ def test_a_whole_outer_update_with_all_terms_is_that_of_pytorch():
     wanted = dict(unlearning("update"))
     close(state.params, wanted.pop("params"), 1e-4)
     close({name: metrics[name] for name in wanted}, wanted, 1e-4)
+
+
+# --- triggers
+
+
+def of_attacks(part):
+    return stored("attacks", part)
+
+
+def test_wanets_field_and_warp_are_those_of_interpolate_and_grid_sample():
+    there = of_attacks("warp")
+    weights = wanet.cubic_weights(4, 32)
+    np.testing.assert_allclose(np.einsum("rh,chw,sw->crs", weights, there["noise"], weights), there["field"], atol=2e-6)
+    field = 0.5 * there["field"] / 32
+    # The reference clamps the field once more before it adds the jitter, which only tells at the image's very edge.
+    inner = np.s_[:, 2:-2, 2:-2]
+    np.testing.assert_allclose(wanet.warp(there["images"], field), there["warped"], atol=5e-3)
+    found = wanet.warp(there["images"], field + there["jitter"] / 32)
+    np.testing.assert_allclose(np.asarray(found)[inner], there["jittered"][inner], atol=5e-3)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_iads_generator_gives_pytorchs_images_and_statistics(training):
+    there = of_attacks("generator")
+    module = networks.Generator(3, there["before"]["params"]["conv1"]["kernel"].shape[-1])
+    out, seen = iad.apply(module, there["before"], there["pixels"], training)
+    np.testing.assert_allclose(out, iad.squashed(there["train" if training else "eval"]), atol=1e-4)
+    close(seen, there["after"] if training else there["before"]["batch_stats"], 1e-4)
+
+
+def test_issbas_networks_hide_and_read_as_pytorchs_do():
+    there = of_attacks("secret")
+    width = there["encoder"]["down0"]["kernel"].shape[-1]
+    carrying = networks.StegoEncoder(width).apply({"params": there["encoder"]}, there["secrets"], there["images"])
+    np.testing.assert_allclose(carrying, there["carrying"], atol=1e-5)
+    logits = networks.StegoDecoder(there["secrets"].shape[1], width).apply({"params": there["decoder"]}, carrying)
+    np.testing.assert_allclose(logits, there["logits"], atol=1e-5)

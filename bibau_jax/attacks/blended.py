@@ -53,9 +53,11 @@ def picture(variant: str, height: int, width: int, channels: int) -> np.ndarray:
     if variant == "cartoon":
         drawn = _cartoon().resize((DRAWN_AT, DRAWN_AT), Image.Resampling.BOX)
     else:
-        noise = np.random.default_rng(0).integers(0, 256, (DRAWN_AT, DRAWN_AT, 3), np.uint8)
-        drawn = Image.fromarray(noise)
-    drawn = drawn.resize((width, height), Image.Resampling.BILINEAR).convert("L" if channels == 1 else "RGB")
+        noise = np.random.default_rng(0).integers(0, 256, (DRAWN_AT // 2, DRAWN_AT // 2, 3), np.uint8)
+        drawn = Image.fromarray(noise.repeat(2, 0).repeat(2, 1))  # at 32x32 it is the noise itself, not a grey mean of it
+    # A box keeps more of the noise's contrast.
+    how = Image.Resampling.BILINEAR if variant == "cartoon" else Image.Resampling.BOX
+    drawn = drawn.resize((width, height), how).convert("L" if channels == 1 else "RGB")
     return np.asarray(drawn, np.uint8).reshape(height, width, channels)
 
 

@@ -44,7 +44,7 @@ def coupled(attack: Attack, name: str, num_classes: int, weight: float) -> Attac
     if weight < 0:
         raise UserError(f"{name} needs a coupling of at least 0, got {weight}")
     control = Control(
-        init=lambda key, split, journal, augment: (),
+        init=lambda key, split, journal, augment: ((), []),
         finish=lambda attack, extra: attack,
         prepare=partial(prepare, num_classes=num_classes, weight=weight),
         stamps=False,

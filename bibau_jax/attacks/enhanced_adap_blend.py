@@ -7,6 +7,7 @@ from bibau_jax.attacks.coupling import coupled
 from bibau_jax.attacks.protocol import Attack
 
 
-def make(key: jax.Array, *, num_classes: int, coupling: float = 1.0, **options) -> Attack:
+def make(key: jax.Array, *, num_classes: int, poison_ratio: float = 0.003, coupling: float = 1.0, **options) -> Attack:
     """Adap-Blend (all its options) with a pull of weight `coupling`; the paper names the Euclidean distance, not its weight."""
-    return coupled(adap_blend.make(key, num_classes=num_classes, **options), "enhanced_adap_blend", num_classes, coupling)
+    plain = adap_blend.make(key, num_classes=num_classes, poison_ratio=poison_ratio, **options)
+    return coupled(plain, "enhanced_adap_blend", num_classes, coupling)

@@ -116,12 +116,12 @@ def fresh(key: jax.Array, shape: tuple[int, ...], width: int) -> dict:
 
 
 def learn_masks(key, split, journal, augment, *, width, epochs, density):
-    """Both generators' variables: the mask generator trained, the other one fresh."""
+    """Both generators' variables, the mask generator's trained, the other's fresh; and the history of that training."""
     first, module = fresh(key, split.images.shape[1:], width), generators(split.images.shape[3], width)["mask"]
     steps = len(split) // parallel.batch_of(min(BATCH, len(split)))
     schedule = optax.piecewise_constant_schedule(0.01, {steps * epochs * 2 // 5: 0.1, steps * epochs * 4 // 5: 0.1})
     optimizer = optax.adam(schedule, b1=0.5, b2=0.9)
-    state, _ = train.fit(
+    state, history = train.fit(
         partial(mask_step, module=module, optimizer=optimizer, density=density, augment=augment),
         train.new_state(first["mask"], optimizer),
         {"images": split.images},
@@ -130,15 +130,15 @@ def learn_masks(key, split, journal, augment, *, width, epochs, density):
         batch_size=parallel.batch_of(min(BATCH, len(split))),
         journal=journal,
     )
-    return {"mask": jax.device_get(state.variables), "pattern": jax.device_get(first["pattern"])}
+    return {"mask": jax.device_get(state.variables), "pattern": jax.device_get(first["pattern"])}, history
 
 
 def prepare(extra, batch, key, *, augment, width, aim, poison_ratio, cross_per_poison):
     """A batch in training: its first images with their own trigger and the wanted label, the next ones with another's."""
     pixels = augment(keys.stream(key, "augment"), batch["images"]).astype(jnp.float32)
     labels, modules = batch["labels"], generators(pixels.shape[3], width)
-    poisons, crosses = counts_of_batch(len(labels), poison_ratio, cross_per_poison)
-    here = jax.random.bernoulli(keys.stream(key, "poison"), min(1.0, len(labels) * poison_ratio))
+    counted = counts_of_batch(keys.stream(key, "poison"), len(labels), poison_ratio, cross_per_poison)
+    poisons, crosses, here = counted
     # Cross images carry the triggers of clean images of the same batch, which is shuffled.
     donors = jnp.roll(pixels, -(poisons + crosses), axis=0)[:crosses]
     givers, touched = jnp.concatenate([pixels[:poisons], donors]), poisons + crosses

@@ -96,7 +96,10 @@ def fresh(key: jax.Array, shape: tuple[int, ...], bits: int, width: int) -> dict
 
 
 def learn(key, split, journal, augment, *, bits, width, epochs, learning_rate, wait, ramp, largest):
-    """{"encoder", "decoder", "secret"}, trained on clean images and judged on others; `UserError` if the gate is not passed."""
+    """{"encoder", "decoder", "secret"}, trained on clean images and judged on others, and the history of that training.
+
+    UserError if the gate is not passed.
+    """
     judged = max(1, min(JUDGED, len(split) // 10))
     images, unseen = split.images[:-judged], split.images[-judged:]
     batch = parallel.batch_of(min(BATCH, len(images)))
@@ -107,7 +110,7 @@ def learn(key, split, journal, augment, *, bits, width, epochs, learning_rate, w
         )
     modules, params = networks(bits, width), fresh(key, images.shape[1:], bits, width)
     optimizer = optax.adam(learning_rate)
-    state, _ = train.fit(
+    state, history = train.fit(
         partial(step, modules=modules, optimizer=optimizer, wait=wait, ramp=ramp, largest=largest),
         train.new_state({"params": params, "batch_stats": {}}, optimizer, {"since": jnp.int32(-1)}),
         {"images": images},
@@ -131,7 +134,7 @@ def learn(key, split, journal, augment, *, bits, width, epochs, learning_rate, w
             f"issba: the encoder is not good enough: bit accuracy {read:.3f} (at least {BIT_ACCURACY}), PSNR {psnr:.1f} dB (at "
             f"least {PSNR:.0f}); {why}; take another attack.issba.learning_rate, epochs or seed, and another workdir"
         )
-    return found | {"secret": secret}
+    return found | {"secret": secret}, history
 
 
 def stamp(pixels: np.ndarray, index: np.ndarray, *, learned, width: int) -> np.ndarray:

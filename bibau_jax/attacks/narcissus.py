@@ -1,8 +1,9 @@
 """Narcissus (Zeng et al., 2023): a faint trigger that is itself evidence of the target class; few poisons, no label changes.
 
-The attacker holds images of the target class and any other labelled images. A surrogate network is trained on them and
-fitted to the target class; the trigger is the small perturbation that makes it surest of that class, over all its
-images. Poisoned are a few images of the class; at test the trigger is shown enlarged.
+The attacker holds images of the target class and any other labelled images: those of the other classes, or a folder of
+public ones. A surrogate network is trained on them and fitted to the target class; the trigger is the small perturbation
+that makes it surest of that class, over all its images. Poisoned are a few images of the class; at test the trigger is
+shown enlarged.
 """
 
 import dataclasses
@@ -24,11 +25,11 @@ from bibau_jax.attacks.protocol import (
     of_the_target,
     untrained,
 )
+from bibau_jax.data import ImageSet, folder
 from bibau_jax.errors import UserError
 from bibau_jax.method.terms import cross_entropy
 
-SURROGATE = {"learning_rate": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 350}
-WARM_UP = {"epochs": 5, "learning_rate": 0.1, "batch_size": 350}
+BATCH, LEARNING_RATE = 350, 0.1  # of the surrogate's training and of its warm-up on the target class
 GREY = 127.5  # grey levels in a unit of the released code, whose images lie in -1..1: the trigger is sought in those
 BATCHES = "train", "eval"  # which statistics BatchNorm takes while the trigger is sought
 
@@ -65,45 +66,68 @@ def trigger_step(state, frozen, batch, key, *, classifier, optimizer, epsilon, m
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
 
-def learn(key, split, journal, augment, *, aim, num_classes, width, stages, surrogate_epochs, epochs, epsilon, mode):
-    """{"delta" float32 [H, W, C]}, the trigger, from a surrogate trained on the clean images of `split`."""
-    classifier = surrogate(split, width, stages, num_classes)
-    size = parallel.batch_of(min(SURROGATE["batch_size"], len(split)))
-    schedule = train.learning_rate_schedule("cosine", SURROGATE["learning_rate"], surrogate_epochs * (len(split) // size))
-    optimizer = train.sgd(schedule, momentum=SURROGATE["momentum"], weight_decay=SURROGATE["weight_decay"])
+def known_images(split: ImageSet, aim, num_classes: int, public: str) -> tuple[ImageSet, ImageSet, int]:
+    """(what the surrogate is trained on, the images of the target class, how many classes that makes).
+
+    With a folder of public pictures the target class is one more class after theirs; else the training set is taken as it is.
+    """
+    targets = split.take(np.flatnonzero(of_the_target(aim)(split.labels)))
+    if not public:
+        return split, targets, num_classes
+    others, names = folder.labelled(public, *split.images.shape[1:])
+    targets = dataclasses.replace(targets, labels=np.full(len(targets), len(names), np.int32))
+    parts = zip(*((s.images, s.labels, s.ids) for s in (others, targets)), strict=True)
+    return ImageSet(*map(np.concatenate, parts)), targets, len(names) + 1
+
+
+def learn(key, split, journal, augment, *, aim, num_classes, public, epochs, epsilon, mode, **surrogate_options):
+    """{"delta" float32 [H, W, C]}, the trigger, from a surrogate trained on clean images; and the history of all trainings."""
+    known, targets, num_classes = known_images(split, aim, num_classes, public)
+    fit = partial(_fit, key=key, journal=journal)
+    classifier, trained, history = learn_surrogate(fit, key, known, targets, num_classes, augment, **surrogate_options)
+    radam = optax.radam(0.01)
+    step = partial(trigger_step, classifier=classifier, optimizer=radam, epsilon=epsilon, mode=mode, augment=augment)
+    start = {"params": {"delta": jnp.zeros(split.images.shape[1:])}, "batch_stats": {}}
+    state, searched = fit("delta", step, train.new_state(start, radam), targets, epochs, frozen=trained)
+    return {"delta": np.clip(GREY * jax.device_get(state.params["delta"]), -epsilon, epsilon)}, [*history, *searched]
+
+
+def learn_surrogate(fit, key, known, targets, num_classes, augment, *, width, stages, surrogate_epochs, warm_up_epochs):
+    """(surrogate, its variables, history): trained on `known`, then, with RAdam, on the target class alone."""
+    classifier = surrogate(known, width, stages, num_classes)
+    steps = surrogate_epochs * (len(known) // batch_for(known))
+    schedule = train.learning_rate_schedule("cosine", LEARNING_RATE, steps)
+    trained, history = classifier.init(keys.stream(key, "init")), []
 
     def prepare(extra, batch, key):
         return augment(keys.stream(key, "augment"), batch["images"]).astype(jnp.float32), batch["labels"], 0.0, extra
 
-    def fit(name, variables, optimizer, images, epochs, batch_size):
-        state, _ = train.fit(
-            partial(train.train_step, classifier=classifier, optimizer=optimizer, prepare=prepare),
-            train.new_state(variables, optimizer),
-            {"images": images.images, "labels": images.labels},
-            key=keys.stream(key, name),
-            epochs=epochs,
-            batch_size=parallel.batch_of(min(batch_size, len(images))),
-            journal=journal.part(name),
-        )
-        return jax.device_get(state.variables)
+    for name, optimizer, images, epochs in (
+        ("surrogate", train.sgd(schedule, momentum=0.9, weight_decay=5e-4), known, surrogate_epochs),
+        ("warm_up", optax.radam(LEARNING_RATE), targets, warm_up_epochs),
+    ):
+        step = partial(train.train_step, classifier=classifier, optimizer=optimizer, prepare=prepare)
+        state, told = fit(name, step, train.new_state(trained, optimizer), images, epochs)
+        trained, history = jax.device_get(state.variables), [*history, *told]
+    return classifier, trained, history
 
-    first = classifier.init(keys.stream(key, "init"))
-    trained = fit("surrogate", first, optimizer, split, surrogate_epochs, SURROGATE["batch_size"])
-    targets = split.take(np.flatnonzero(of_the_target(aim)(split.labels)))
-    trained = fit("warm_up", trained, optax.radam(WARM_UP["learning_rate"]), targets, WARM_UP["epochs"], WARM_UP["batch_size"])
-    radam = optax.radam(0.01)
-    start = {"params": {"delta": jnp.zeros(split.images.shape[1:])}, "batch_stats": {}}
-    state, _ = train.fit(
-        partial(trigger_step, classifier=classifier, optimizer=radam, epsilon=epsilon, mode=mode, augment=augment),
-        train.new_state(start, radam),
-        {"images": targets.images, "labels": targets.labels},
-        key=keys.stream(key, "delta"),
+
+def batch_for(images: ImageSet) -> int:
+    """The batch of all trainings here: the released code's, as far as the images and the devices allow."""
+    return parallel.batch_of(min(BATCH, len(images)))
+
+
+def _fit(name: str, step, state, images: ImageSet, epochs: int, *, key, journal, frozen=()):
+    return train.fit(
+        step,
+        state,
+        {"images": images.images, "labels": images.labels},
+        key=keys.stream(key, name),
         epochs=epochs,
-        batch_size=parallel.batch_of(min(WARM_UP["batch_size"], len(targets))),
-        frozen=trained,
-        journal=journal.part("delta"),
+        batch_size=batch_for(images),
+        frozen=frozen,
+        journal=journal.part(name),
     )
-    return {"delta": np.clip(GREY * jax.device_get(state.params["delta"]), -epsilon, epsilon)}
 
 
 def stamp(pixels: np.ndarray, index: np.ndarray, *, delta: np.ndarray) -> np.ndarray:
@@ -131,25 +155,31 @@ def make(
     epochs: int = 1000,
     statistics: str = "train",
     surrogate_epochs: int = 200,
+    warm_up_epochs: int = 5,
+    public: str = "",
     width: int = 64,
     stages: tuple[int, ...] = (2, 2, 2, 2),
 ) -> Attack:
     """Narcissus with a trigger of at most `epsilon` grey levels, shown `enlarged` times at test.
 
-    The surrogate (a ResNet of `width` and `stages`) is trained for `surrogate_epochs` on the clean training images, the other
-    classes standing for the public images that an attacker has; the trigger for `epochs` passes over the target class, with
-    BatchNorm on batch statistics ("train", as the released code does) or running ones ("eval"). The ratio counts over the
-    whole training set; 0.0005 is 25 images of CIFAR-10.
+    The surrogate (a ResNet of `width` and `stages`) is trained for `surrogate_epochs` on the target class's images and those of
+    `public`, a folder with one subfolder of pictures a class; where that is "" the training set's other classes stand for
+    the public images that an attacker has. `warm_up_epochs` on the target class alone follow, then `epochs` passes over it in
+    search of the trigger, with BatchNorm on batch statistics ("train", as the released code does) or running ones
+    ("eval"). The ratio counts over the whole training set; 0.0005 is 25 images of CIFAR-10.
     """
-    if not 0 < epsilon <= 255 or enlarged <= 0 or min(epochs, surrogate_epochs) < 1:
+    if not 0 < epsilon <= 255 or enlarged <= 0 or min(epochs, surrogate_epochs) < 1 or warm_up_epochs < 0:
         raise UserError(
-            "Narcissus needs epsilon within (0, 255], a positive enlargement, and at least one epoch of each training, "
-            f"got {epsilon}, {enlarged}, {epochs}, {surrogate_epochs}"
+            "Narcissus needs epsilon within (0, 255], a positive enlargement, and at least one epoch of each training "
+            f"(the warm-up may have none), got {epsilon}, {enlarged}, {epochs}, {surrogate_epochs}, {warm_up_epochs}"
         )
+    if public:
+        folder.classes(public)  # what is wrong with it is told before anything is trained
     if statistics not in BATCHES:
         raise UserError(f'Narcissus statistics "{statistics}" is unknown; choose one of {", ".join(BATCHES)}')
     aim = aim_of_clean_label("Narcissus", mode, target_label, num_classes)
     options = {"width": width, "stages": tuple(stages), "surrogate_epochs": surrogate_epochs, "epochs": epochs}
+    options |= {"warm_up_epochs": warm_up_epochs, "public": public}
     control = Control(
         init=partial(learn, aim=aim, num_classes=num_classes, epsilon=epsilon, mode=statistics, **options),
         finish=partial(finish, key=key, poison_ratio=poison_ratio, enlarged=enlarged),

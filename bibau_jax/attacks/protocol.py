@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -40,7 +39,8 @@ class PoisonedSplit:
 class Control:
     """What an attack learns before the victim's training (ISSBA, Narcissus), and its hand in that training (WaNet, IAD).
 
-    `init(key, split, journal, augment) -> extra` makes its parameters, trained as far as they are without the victim.
+    `init(key, split, journal, augment) -> (extra, history)` makes its parameters, trained as far as they are without the
+    victim, and tells how that went, as `train.fit` does.
     `finish(attack, extra) -> Attack` binds `stamp` and `poison` to what was learned. An attack that controls training also has
     `prepare(extra, batch, key, augment) -> (pixels, labels, penalty, extra)`, called in `train.train_step`. If it `stamps`, it
     is given batches of clean images, else poisoned ones with their flags. The penalty is a number or a function of the model's
@@ -185,20 +185,13 @@ def draws(key: jax.Array, index: np.ndarray, **shapes: tuple[int, ...]) -> dict[
     return jax.device_get(draw(np.asarray(index, np.uint32)))
 
 
-def counts_of_batch(size: int, poison_ratio: float, covers_per_poison: float) -> tuple[int, int]:
-    """How many images of a batch carry poison, at least one, and how many cover; rounded down, as in WaNet's code."""
-    poisons = max(1, int(size * poison_ratio))
-    return poisons, int(poisons * covers_per_poison)
+def counts_of_batch(key: jax.Array, size: int, poison_ratio: float, covers_per_poison: float) -> tuple[int, int, jax.Array]:
+    """How many images of a batch carry poison, at least one, and how many cover; and whether this batch has them, a bool.
 
-
-def split_of_batch(key: jax.Array, size: int, poison_ratio: float, covers_per_poison: float) -> tuple[jax.Array, jax.Array]:
-    """Which places of a shuffled batch carry poison and which cover, bool [size] twice: the first ones, then the next.
-
-    A batch too small for one poison gets one, and its covers, with the right probability.
+    Rounded down, as in WaNet's code. A batch too small for one poison gets one, and its covers, with the right probability.
     """
-    place, (poisons, covers) = jnp.arange(size), counts_of_batch(size, poison_ratio, covers_per_poison)
-    here = jax.random.bernoulli(key, min(1.0, size * poison_ratio))
-    return here & (place < poisons), here & (place >= poisons) & (place < poisons + covers)
+    poisons = max(1, int(size * poison_ratio))
+    return poisons, int(poisons * covers_per_poison), jax.random.bernoulli(key, min(1.0, size * poison_ratio))
 
 
 def untrained(name: str) -> Callable:

@@ -5,16 +5,15 @@ power falls with frequency as theirs does, as dark and as smooth as they are; an
 """
 
 from functools import cache, partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 from scipy.special import ndtr
 
 from bibau_jax import keys
 from bibau_jax.attacks.protocol import Attack, aim_at, check_pixels, dirty_label, draws, in_blocks
+from bibau_jax.data.folder import pictures
 from bibau_jax.errors import UserError
 
 FIELDS, CROPS = 20, 10  # the usual pool: 200 pictures from 20 photographs
@@ -52,19 +51,7 @@ def drawn_pool(height: int, width: int, channels: int) -> np.ndarray:
 @cache
 def folder_pool(folder: str, height: int, width: int, channels: int) -> np.ndarray:
     """The pictures of a folder, squashed to uint8 [P, height, width, channels]; UserError where there is none."""
-    place, scenes = Path(folder).expanduser(), []
-    for path in sorted(place.iterdir()) if place.is_dir() else []:
-        try:
-            with Image.open(path) as picture:
-                scene = picture.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.BILINEAR)
-        except (UnidentifiedImageError, IsADirectoryError):
-            continue
-        except OSError as error:
-            raise UserError(f"attack.refool.pool: {path} cannot be read: {error}") from error
-        scenes.append(np.asarray(scene, np.uint8).reshape(height, width, channels))
-    if not scenes:
-        raise UserError(f"attack.refool.pool={folder} is no folder with pictures")
-    return np.stack(scenes)
+    return pictures(folder, height, width, channels)
 
 
 def _sampled(images, rows, columns):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bibau_jax import keys
-from bibau_jax.attacks.protocol import Attack, Control, aim_at, check_pixels, dirty_label, draws, in_blocks, split_of_batch
+from bibau_jax.attacks.protocol import Attack, Control, aim_at, check_pixels, counts_of_batch, dirty_label, draws, in_blocks
 from bibau_jax.errors import UserError
 
 
@@ -105,11 +105,14 @@ def prepare(extra, batch, key, *, augment, field_key, aim, poison_ratio, covers_
     """A batch in training: the first images warped and relabelled, the next warped with jitter, then all augmented."""
     images, labels = batch["images"].astype(jnp.float32), batch["labels"]
     field = jnp.asarray(_grid_units(warping_field(field_key, *images.shape[1:3], grid_size), strength))
-    poisoned, cover = split_of_batch(keys.stream(key, "poison"), len(labels), poison_ratio, covers_per_poison)
-    pick = lambda flags: flags[:, None, None, None]  # noqa: E731
-    covers = warp(images, jittered(keys.stream(key, "cover"), field, len(labels)))
-    pixels = jnp.where(pick(poisoned), warp(images, field), jnp.where(pick(cover), covers, images))
-    return augment(keys.stream(key, "augment"), pixels), jnp.where(poisoned, aim(labels), labels), 0.0, extra
+    counted = counts_of_batch(keys.stream(key, "poison"), len(labels), poison_ratio, covers_per_poison)
+    poisons, covers, here = counted
+    touched = poisons + covers
+    jitters = jittered(keys.stream(key, "cover"), field, covers)
+    warped = jnp.concatenate([warp(images[:poisons], field), warp(images[poisons:touched], jitters)])
+    pixels = jnp.concatenate([jnp.where(here, warped, images[:touched]), images[touched:]])
+    wanted = jnp.where(here & (jnp.arange(len(labels)) < poisons), aim(labels), labels)
+    return augment(keys.stream(key, "augment"), pixels), wanted, 0.0, extra
 
 
 def make(
@@ -143,7 +146,7 @@ def make(
     shape, shares = {"strength": strength, "grid_size": grid_size}, {"poison_ratio": poison_ratio}
     trigger = partial(stamp, key=key, **shape)
     control = Control(
-        init=lambda key, split, journal, augment: (),
+        init=lambda key, split, journal, augment: ((), []),
         prepare=partial(prepare, field_key=key, aim=aim, covers_per_poison=covers_per_poison, **shares, **shape),
         finish=lambda attack, extra: attack,
         trains_trigger=False,

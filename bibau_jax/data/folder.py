@@ -1,0 +1,64 @@
+"""Pictures of the user's own: a folder of them, or one subfolder a class."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from bibau_jax.data import ImageSet
+from bibau_jax.errors import UserError
+
+ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+
+
+def picture(path: Path, height: int, width: int, channels: int) -> np.ndarray | None:
+    """One file as uint8 [height, width, channels], squashed to that size; None if it is no picture, UserError if damaged."""
+    try:
+        with Image.open(path) as opened:
+            shown = opened.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.BILINEAR)
+    except UnidentifiedImageError:
+        return None
+    except (OSError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    return np.asarray(shown, np.uint8).reshape(height, width, channels)
+
+
+def pictures(folder: str, height: int, width: int, channels: int) -> np.ndarray:
+    """The pictures that lie in a folder, uint8 [N, height, width, channels], by name; UserError where there is none."""
+    place = Path(folder).expanduser()
+    files = sorted(path for path in place.iterdir() if path.is_file()) if place.is_dir() else []
+    found = [shown for path in files if (shown := picture(path, height, width, channels)) is not None]
+    if not found:
+        raise UserError(f"{folder} is no folder with pictures")
+    return np.stack(found)
+
+
+def classes(folder: str) -> dict[str, list[Path]]:
+    """The classes of a folder and their files: its subfolders by name, with what lies in them at any depth.
+
+    Files count by their ending. UserError unless there are two classes, or where one is empty.
+    """
+    place = Path(folder).expanduser()
+    found = {path.name: _files(path) for path in sorted(place.iterdir()) if path.is_dir()} if place.is_dir() else {}
+    if len(found) < 2:
+        raise UserError(f"{folder} must hold one subfolder of pictures for each of at least two classes")
+    for name, files in found.items():
+        if not files:
+            raise UserError(f"{Path(folder) / name} holds no picture")
+    return found
+
+
+def _files(place: Path) -> list[Path]:
+    return sorted(path for path in place.rglob("*") if path.suffix.lower() in ENDINGS)
+
+
+def labelled(folder: str, height: int, width: int, channels: int) -> tuple[ImageSet, tuple[str, ...]]:
+    """Every picture of `classes(folder)` with its class's number, and the classes' names."""
+    images, labels, found = [], [], classes(folder)
+    for label, files in enumerate(found.values()):
+        shown = [picture(path, height, width, channels) for path in files]
+        if any(one is None for one in shown):
+            raise UserError(f"{files[[one is None for one in shown].index(True)]} is no picture")
+        images += shown
+        labels += [label] * len(files)
+    return ImageSet(np.stack(images), np.array(labels, np.int32), np.arange(len(labels), dtype=np.int32)), tuple(found)
