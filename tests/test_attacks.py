@@ -482,6 +482,13 @@ def numbers(variables):
     return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
 
 
+def test_images_are_enlarged_as_by_jaxs_own_resize():
+    for shape, size in (((2, 4, 5, 3), (8, 10)), ((1, 1, 1, 2), (2, 2)), ((2, 2, 4, 1), (5, 8))):
+        values = RNG.normal(size=shape).astype(np.float32)
+        expected = jax.image.resize(values, (shape[0], *size, shape[3]), "bilinear")
+        np.testing.assert_allclose(networks.enlarged(jnp.asarray(values), *size), expected, atol=1e-6)
+
+
 def test_iads_generators_have_the_parameters_of_the_original():
     generators = iad.fresh(keys.root(0), (32, 32, 3), width=32)
     assert numbers(generators["pattern"]) == 723_273 and numbers(generators["mask"]) == 722_691

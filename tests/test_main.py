@@ -260,12 +260,14 @@ def test_flags_may_come_in_any_order(program, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["implant", "purify/bibau_u"])
+@pytest.mark.parametrize("stage", ["implant", "implant/trigger", "purify/bibau_u"])
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_run_goes_on_to_the_same_model(program, tmp_path, by, stage):
-    epochs = "implant.epochs" if stage == "implant" else "defense.epochs"
+    epochs = {"implant": "implant.epochs", "implant/trigger": "attack.iad.mask_epochs"}.get(stage, "defense.epochs")
     flags = [f"--config.{epochs}=60", "--config.checkpoint_every=7", f"--config.stages={stage.split('/')[0]}"]
-    if stage != "implant":
+    if stage == "implant/trigger":
+        flags += ["--config.attack.name=iad", "--config.attack.iad.width=2"]
+    if stage == "purify/bibau_u":
         given = program(f"--workdir={tmp_path / 'given'}", "--config.stages=implant")
         assert given.communicate(timeout=300) and given.returncode == 0
         flags.append(f"--config.implant.reuse={tmp_path / 'given'}")
@@ -283,5 +285,6 @@ def test_a_killed_run_goes_on_to_the_same_model(program, tmp_path, by, stage):
     for folder in ("run", "whole"):
         ending = program(f"--workdir={tmp_path / folder}", *flags)
         assert ending.communicate(timeout=300) and ending.returncode == 0
-    digests = [checkpoint.load(tmp_path / run / stage / "model")[1]["sha256"] for run in ("run", "whole")]
+    trained = "implant" if stage == "implant/trigger" else stage  # the victim, with the trigger in it
+    digests = [checkpoint.load(tmp_path / run / trained / "model")[1]["sha256"] for run in ("run", "whole")]
     assert digests[0] == digests[1]
