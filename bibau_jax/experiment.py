@@ -79,7 +79,7 @@ class Run:
         section, options = self.config["attack"], self.config["attack"].get(name, {})
         shared = {option: section[option] for option in ("target_label", "mode")}
         if section["poison_ratio"] != 0:
-            shared["poison_ratio"] = section["poison_ratio"]
+            options = options | {"poison_ratio": section["poison_ratio"]}
         key = keys.stream(self.key, "attack")
         return attacks.get(name).make(key, num_classes=self.dataset.num_classes, **shared, **options)
 
@@ -135,12 +135,12 @@ def run(config: dict, folder: str, command: str = "") -> records.Record | None:
 
 
 def settled(config: dict) -> dict:
-    """The config with the attack's usual poison ratio where that is left to it (0), so that folder and record tell it."""
+    """The config with the attack's own poison ratio where it is left to it (0), so that folder and record tell it."""
     section = config["attack"]
-    if section["poison_ratio"] != 0:
+    own = section.get(section["name"], {})
+    if section["poison_ratio"] != 0 or own.get("class_share", 0.0):
         return config
-    usual = inspect.signature(attacks.get(section["name"]).make).parameters["poison_ratio"].default
-    return config | {"attack": section | {"poison_ratio": usual}}
+    return config | {"attack": section | {"poison_ratio": own.get("poison_ratio", 0.0)}}
 
 
 # --- implant
@@ -205,7 +205,7 @@ def _train_model(this: Run, stage: str, command: str, *, poisoned: bool) -> None
     if hand and hand.stamps:
         training = control.finish(attack, learned).poison(split)
     if poisoned:
-        told = {"seed": np.int64(this.config["seed"]), "poison_ratio": np.float64(this.config["attack"]["poison_ratio"])}
+        told = {"seed": np.int64(this.config["seed"]), "poison_ratio": training.poisoned.mean(), "means": _means(training)}
         _write_arrays(folder / "poison.npz", training.flags() | told)
     _finish(this, stage, {"variables": state.variables, "extra": learned}, [*before, *history], spent, command)
 
@@ -263,15 +263,21 @@ def attack_as_trained(this: Run) -> tuple[attacks.Attack, dict]:
 def poisoned_split(this: Run) -> attacks.PoisonedSplit:
     """The training set as it was poisoned for this run's backdoored model, made again from the attack and what it learned.
 
-    Of an attack that stamps every batch anew, a fixed set of the same kind. UserError where the flags saved with the run are
-    not those of the set that this program makes.
+    Of an attack that stamps every batch anew, a fixed set of the same kind. UserError where flags or images are not those
+    saved with the run, of which the mean pixels are kept.
     """
     attack, _ = attack_as_trained(this)
     made, path = attack.poison(this.splits.train), this.model_folder("implant").parent / "poison.npz"
     with np.load(path) as saved:
-        if not all(np.array_equal(saved[name], values) for name, values in made.flags().items()):
+        same = all(np.array_equal(saved[name], values) for name, values in made.flags().items())
+        if not same or np.abs(saved["means"] - _means(made)).max() > 0.1:  # rounding differs between machines
             raise UserError(f"{path} holds another poisoned set than this version of bibau_jax makes of the same settings")
     return made
+
+
+def _means(split: attacks.PoisonedSplit) -> np.ndarray:
+    """The mean pixel of every image, float32 [N]."""
+    return split.images.mean((1, 2, 3), dtype=np.float32)
 
 
 # --- purify

@@ -91,14 +91,15 @@ def _training(name: str, section: dict) -> None:
 def _attack(run: "Run") -> None:
     """The poison ratio, and the trigger on one image."""
     images, ratio = run.splits.train, run.config["attack"]["poison_ratio"]
-    first, options = images.take(slice(1)), run.config["attack"].get(run.config["attack"]["name"], {})
+    first, options = images.take(slice(8)), run.config["attack"].get(run.config["attack"]["name"], {})
     candidates = np.flatnonzero(run.attack.may_poison(images.labels))
-    ratio = attacks.protocol.ratio_of(ratio, options.get("class_share", 0.0), len(candidates), len(images))
-    attacks.protocol.choose(run.key, candidates, ratio, len(images))
-    if run.attack.control and run.attack.control.trains_trigger:
-        attacks.protocol.check_pixels(first.images)
-    else:
-        run.attack.stamp(first.images, first.ids)
+    ratio = len(attacks.protocol.choose(run.key, candidates, ratio, len(images), options.get("class_share", 0.0))) / len(images)
+    attacks.protocol.check_pixels(first.images)
+    if run.attack.control:
+        run.attack.control.check(images)
+    if not (run.attack.control and run.attack.control.trains_trigger):
+        if (run.attack.stamp(first.images, first.ids) == first.images).all():
+            raise UserError(f"the trigger of {run.attack.name} changes no pixel of the first images")
     covers = options.get("covers_per_poison", options.get("cross_per_poison", 0.0))
     attacks.protocol.poisons_and_covers(run.key, len(images), ratio, covers)
 

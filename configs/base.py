@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
     config.attack = ConfigDict()
     config.attack.name = "badnets"  # a file in bibau_jax/attacks
     config.attack.target_label = 0  # the class that triggered images shall get
-    config.attack.poison_ratio = 0.0  # of the whole training set; 0 takes the attack's usual share (a tenth for most)
+    config.attack.poison_ratio = 0.0  # of the whole training set; 0 takes that of the attack's own section
     config.attack.mode = "all_to_one"  # or all_to_all: class y becomes y + 1
     config.attack.badnets = ConfigDict({"variant": "square", "size": 3})  # square or grid; pixels
     config.attack.blended = ConfigDict({"variant": "cartoon", "alpha": 0.2})  # cartoon or noise; weight of the picture
@@ -75,6 +75,12 @@ def get_config() -> ConfigDict:
     config.attack.adap_patch = ConfigDict({"variant": "phoenix", "covers_per_poison": 2.0})  # phoenix or firefox at test
     for name in ("adap_blend", "adap_patch"):  # the same, and the pull on poisoned features in training
         config.attack[f"enhanced_{name}"] = ConfigDict(config.attack[name].to_dict() | {"coupling": 1.0})
+    for name in ("badnets", "blended", "sig", "refool", "wanet", "iad", "issba", "narcissus", "adap_blend", "adap_patch"):
+        config.attack[name].poison_ratio = 0.1
+    config.attack.sig.poison_ratio = 0.05  # half of the target class, and leaves its accuracy
+    config.attack.narcissus.poison_ratio = 0.0005
+    for name in ("adap_blend", "adap_patch", "enhanced_adap_blend", "enhanced_adap_patch"):
+        config.attack[name].poison_ratio = 0.003
 
     config.implant = ConfigDict()
     config.implant.reuse = ""  # workdir of a run whose backdoored model (same settings) to take instead of training one

@@ -5,16 +5,11 @@ python -m bibau_jax.main --config=configs/cifar10_cpu.py:blended --workdir=runs/
 
 from configs import base
 
-# Attacks that poison little need more of it here, in 15 epochs of 20,000 images; at 0.01 Adap-Blend reaches 10 % ASR.
-POISON_RATIOS = {"narcissus": 0.005, "adap_blend": 0.05, "adap_patch": 0.05}
-POISON_RATIOS |= {f"enhanced_{name}": POISON_RATIOS[name] for name in ("adap_blend", "adap_patch")}
-
 
 def get_config(attack: str = "badnets"):
     """The setting of results/cifar10_cpu.md; `configs/cifar10_cpu.py:blended` for another attack."""
     config = base.get_config()
     config.attack.name = attack
-    config.attack.poison_ratio = POISON_RATIOS.get(attack, 0.0)
     config.attack.badnets.variant = "grid"  # a white square is lost on bright corners: 93 % ASR at this size
     config.attack.iad.width = 8
     config.attack.iad.mask_epochs = 10
@@ -28,6 +23,10 @@ def get_config(attack: str = "badnets"):
     config.attack.narcissus.stages = (1, 1, 1, 1)
     config.attack.narcissus.surrogate_epochs = 15
     config.attack.narcissus.epochs = 200
+    # Attacks that poison little need more of it here, in 15 epochs of 20,000 images; at 0.01 Adap-Blend reaches 10 % ASR.
+    config.attack.narcissus.poison_ratio = 0.005
+    for name in ("adap_blend", "adap_patch", "enhanced_adap_blend", "enhanced_adap_patch"):
+        config.attack[name].poison_ratio = 0.05
     config.data.train_size = 20_000
     config.data.clean_size = 1000
     config.model.width = 16

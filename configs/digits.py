@@ -31,8 +31,7 @@ def get_config(attack: str = "badnets"):
     config.attack.narcissus.stages = (1,)
     config.attack.narcissus.surrogate_epochs = 40
     config.attack.narcissus.epochs = 300
-    if attack == "narcissus":
-        config.attack.poison_ratio = 0.05
+    config.attack.narcissus.poison_ratio = 0.05
     config.implant.epochs = 20
     config.implant.batch_size = 64
     config.implant.schedule = "one_cycle"

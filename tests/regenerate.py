@@ -78,10 +78,17 @@ def bibau_steps() -> dict[str, list[dict[str, float]]]:
     return found
 
 
+def loud(learned: dict) -> dict:
+    """ISSBA's networks with an image that varies: as they begin it is grey all over, whatever they are shown."""
+    image = learned["encoder"]["image"]
+    learned["encoder"]["image"] = image | {"kernel": 200 * image["kernel"]}
+    return learned
+
+
 # What the attacks that train their triggers have learned: networks as they begin, so that nothing here takes long.
 LEARNED = {
     "iad": lambda shape: iad.fresh(keys.root(0), shape, width=2),
-    "issba": lambda shape: issba.fresh(keys.root(0), shape, bits=1, width=2) | {"secret": np.ones(1)},
+    "issba": lambda shape: loud(issba.fresh(keys.root(0), shape, bits=1, width=2)) | {"secret": np.ones(1)},
     "narcissus": lambda shape: {"delta": np.random.default_rng(1).choice([-16.0, 16.0], shape)},
 }
 OPTIONS = {"iad": {"width": 2}, "issba": {"width": 2}, "narcissus": {"poison_ratio": 0.02}}

@@ -1,4 +1,4 @@
-"""What holds for every attack there is, the two triggers by hand, and an attack that takes a hand in training."""
+"""What holds for every attack there is, each trigger by hand, and an attack that takes a hand in training."""
 
 import dataclasses
 import inspect
@@ -58,6 +58,16 @@ def test_stamping_is_deterministic_and_one_image_at_a_time(name, split):
     for chosen in ([5], [9, 3, 60]):
         alone = attack.stamp(split.images[chosen], split.ids[chosen])
         np.testing.assert_allclose(alone.astype(int), stamped[chosen], atol=rounding)
+
+
+@EVERY
+def test_a_trigger_can_be_stamped_within_a_jitted_function(name, split):
+    stamp, index = make(name).stamp, split.ids[:12]
+    images = split.images[:12]
+    inside = jax.jit(lambda pixels, index: stamp(pixels, index))(images, index)
+    assert inside.dtype == np.uint8
+    rounding = 0 if name in ("badnets", "sig", "adap_patch", "enhanced_adap_patch") else 1
+    np.testing.assert_allclose(np.asarray(inside).astype(int), stamp(images, index), atol=rounding)
 
 
 @EVERY
@@ -184,6 +194,7 @@ def test_an_unknown_mode_or_variant_is_refused_with_the_known_ones(name):
         (np.zeros((2, 16, 16, 3), np.float32), r"uint8 images \[N, H, W, C\], got float32"),
         (np.zeros((16, 16, 3), np.uint8), r"uint8 images \[N, H, W, C\], got uint8 \[16, 16, 3\]"),
         (np.zeros((2, 15, 32, 3), np.uint8), "15x32 are too small for a trigger; at least 16x16"),
+        (np.zeros((2, 16, 16, 4), np.uint8), "grey or coloured images, not on 4 channels"),
     ],
 )
 def test_float_small_or_flat_images_are_refused(name, pixels, words):
@@ -312,8 +323,9 @@ def test_sig_is_a_sinusoid_along_the_columns():
 def test_sig_can_count_over_the_target_class(split):
     found = make("sig", target_label=2, class_share=0.9).poison(split)
     assert found.poisoned.sum() == round(0.9 * np.sum(split.labels == 2)) and (split.labels[found.poisoned] == 2).all()
-    with pytest.raises(UserError, match=r"class_share 1.2 is outside 0\.\.1"):
-        make("sig", class_share=1.2).poison(split)
+    for share, words in ((1.2, r"class_share 1.2 is outside \(0, 1\]"), (0.001, "class_share 0.001 asks for 0 of")):
+        with pytest.raises(UserError, match=words):
+            make("sig", class_share=share).poison(split)
 
 
 def float64_reflection(image, scene, drawn, alpha):
@@ -376,8 +388,8 @@ def test_drawn_reflections_are_as_dark_smooth_and_varied_as_the_usual_photograph
     pool = refool.drawn_pool(32, 32, 3)
     assert pool.shape == (200, 32, 32, 3) and pool.dtype == np.uint8
     values = pool.astype(float)
-    np.testing.assert_allclose(values.mean((0, 1, 2)), refool.MEAN, atol=12)
-    assert abs(values.mean((1, 2, 3)).std() - 42) < 12 and abs(values.std((1, 2)).mean() - 23) < 6
+    np.testing.assert_allclose(values.mean((0, 1, 2)), refool.MEAN, atol=2)
+    assert abs(values.mean((1, 2, 3)).std() - 42) < 2 and abs(values.std((1, 2)).mean() - 23) < 3
     grey = values.mean(-1) - values.mean((1, 2, 3))[:, None, None]
     power = np.abs(np.fft.fft2(grey)) ** 2
     low = np.hypot(*np.meshgrid(np.fft.fftfreq(32), np.fft.fftfreq(32))) < 0.125
@@ -440,6 +452,8 @@ def test_a_batch_too_small_for_a_poison_gets_one_now_and_then():
     counted = [protocol.counts_of_batch(keys.root(seed), 10, 0.05, 2.0) for seed in range(200)]
     assert {pair[:2] for pair in counted} == {(1, 2)} and 60 < sum(bool(here) for *_, here in counted) < 140
     assert protocol.counts_of_batch(keys.root(0), 128, 0.1, 2.0)[:2] == (12, 24)
+    assert protocol.counts_of_batch(keys.root(0), 100, 0.29, 0.0)[:2] == (29, 0)
+    assert protocol.counts_of_batch(keys.root(0), 2, 0.1, 2.0)[:2] == (1, 1)  # never more than the batch holds
 
 
 def test_adap_blend_shows_other_pieces_in_every_image_and_all_of_them_at_test():
@@ -629,7 +643,7 @@ def test_issbas_networks_carry_and_read_a_secret_at_every_size():
 def test_issba_is_refused_while_its_secret_cannot_be_read(digits):
     images = digits.train.take(slice(150))
     with pytest.raises(UserError, match="issba: 2 steps are too few: the image counts fully 4000 steps after the secret"):
-        make("issba", epochs=1).control.init(keys.root(0), images, train.Journal(), None)
+        make("issba", epochs=1).control.check(images)
     with pytest.raises(UserError, match=r"issba: the encoder is not good enough: bit accuracy 0\.\d+ .* PSNR \d+\.\d dB"):
         make("issba", epochs=3, wait=0, ramp=3).control.init(keys.root(0), images, train.Journal(), None)
 
@@ -640,7 +654,7 @@ def test_issba_hides_a_secret_that_is_read_after_rounding_and_follows_the_image(
     control = attacks.get("issba").make(keys.root(0), num_classes=10, **options).control
     learned, _ = control.init(keys.root(0), digits.train, train.Journal(), None)
     read, psnr = issba.quality(learned, digits.test.images, learned["secret"], width=8)
-    assert read >= 0.98 and psnr > 24
+    assert read >= issba.BIT_ACCURACY and psnr > issba.PSNR - 1
     attack = control.finish(attacks.get("issba").make(keys.root(0), num_classes=10, **options), learned)
     residual = attack.stamp(digits.test.images[:20], np.arange(20)).astype(int) - digits.test.images[:20]
     assert len({r.tobytes() for r in residual}) == 20
@@ -678,7 +692,8 @@ def test_the_surrogate_of_narcissus_can_be_trained_on_a_folder_of_other_pictures
     learned, history = control.init(keys.root(0), split, train.Journal(), lambda key, pixels: pixels)
     assert np.abs(learned["delta"]).max() > 0 and len(history) == 4
     with pytest.raises(UserError, match="must hold one subfolder of pictures for each of at least two classes"):
-        attacks.get("narcissus").make(keys.root(0), num_classes=5, public=str(tmp_path / "chair" / "images"))
+        options = {"public": str(tmp_path / "chair" / "images")}
+        attacks.get("narcissus").make(keys.root(0), num_classes=5, **options).control.check(split)
 
 
 @pytest.mark.parametrize("statistics", narcissus.BATCHES)
@@ -715,6 +730,8 @@ def test_narcissus_finds_a_small_trigger_that_is_evidence_of_the_target_class(st
         ("iad", {"cross_per_poison": 5.0}),
         ("issba", {"bits": 0}),
         ("narcissus", {"epsilon": 0.0}),
+        ("narcissus", {"stages": ()}),
+        ("narcissus", {"width": 0}),
         ("narcissus", {"enlarged": -1.0}),
         ("adap_blend", {"alpha": 0.0}),
         ("adap_blend", {"pieces": 17}),
@@ -741,11 +758,16 @@ def test_coupling_is_the_distance_from_the_clean_mean_of_the_label_and_pulls_poi
     labels = np.array([0, 0, 0, 1, 1, 0, 2])
     poisoned = np.array([True, False, False, False, False, False, True])
     cover = np.array([False, False, False, False, False, True, False])
-    expected = np.linalg.norm(features[0] - features[1:3].mean(0))  # the second poisoned image finds no clean one of its label
+    expected = (
+        np.linalg.norm(features[0] - features[1:3].mean(0)) / 7
+    )  # the other poisoned image finds no clean one of its label
     measure = partial(coupling.distance_to_class, labels=labels, poisoned=poisoned, cover=cover, num_classes=3)
     np.testing.assert_allclose(measure(features), expected, rtol=1e-5)
     pull = np.asarray(jax.grad(measure)(features))
-    assert np.abs(pull[0]).max() > 0.1 and not pull[1:].any()
+    assert np.abs(pull[0]).max() > 0.01 and not pull[1:].any()
+    twice = [np.concatenate([values, values[:1]]) for values in (features, labels, poisoned, cover)]  # one poisoned image more
+    more = coupling.distance_to_class(*twice, 3)
+    np.testing.assert_allclose(8 * more, 2 * 7 * expected, rtol=1e-5)
     nothing = np.zeros(7, bool)
     assert coupling.distance_to_class(features, labels, nothing, cover, 3) == 0
 

@@ -337,9 +337,10 @@ def test_a_poisoned_set_that_cannot_be_made_again_is_refused(copy):
     path = folder / "implant" / "poison.npz"
     with np.load(path) as saved:
         arrays = dict(saved)
-    np.savez(path, **arrays | {"poisoned": arrays["poisoned"][::-1]})
-    with pytest.raises(UserError, match="poison.npz holds another poisoned set than this version of bibau_jax makes"):
-        experiment.poisoned_split(experiment.Run(config, folder))
+    for changed in ({"poisoned": arrays["poisoned"][::-1]}, {"means": arrays["means"] + 1}):
+        np.savez(path, **arrays | changed)
+        with pytest.raises(UserError, match="poison.npz holds another poisoned set than this version of bibau_jax makes"):
+            experiment.poisoned_split(experiment.Run(config, folder))
 
 
 @pytest.mark.parametrize(

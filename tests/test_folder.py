@@ -49,6 +49,15 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path):
         folder.labelled(str(tmp_path), 16, 16, 3)
     write(tmp_path / "dog" / "1.png", 5, size=(400, 400))
     whole = (tmp_path / "dog" / "1.png").read_bytes()
-    (tmp_path / "dog" / "1.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"1\.png cannot be read: "):
-        folder.labelled(str(tmp_path), 16, 16, 3)
+    broken = whole[:60] + bytes(255 - byte for byte in whole[60:80]) + whole[80:]
+    for content in (whole[: len(whole) // 2], broken, b"P5 4 4 255\n\x00", b"P5 4 x 255\n"):
+        (tmp_path / "dog" / "1.png").write_bytes(content)
+        with pytest.raises(UserError, match=r"1\.png (cannot be read: |is no picture)"):
+            folder.labelled(str(tmp_path), 16, 16, 3)
+
+
+def test_grey_values_of_16_bits_keep_their_range(tmp_path):
+    ramp = np.linspace(0, 65535, 32).astype(np.uint16)[None].repeat(32, 0)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    shown = folder.pictures(str(tmp_path), 32, 32, 1)[0, 0, :, 0].astype(int)
+    np.testing.assert_allclose(shown, ramp[0] // 256, atol=1)

@@ -216,12 +216,9 @@ def test_wanets_field_and_warp_are_those_of_interpolate_and_grid_sample():
     there = of_attacks("warp")
     weights = wanet.cubic_weights(4, 32)
     np.testing.assert_allclose(np.einsum("rh,chw,sw->crs", weights, there["noise"], weights), there["field"], atol=2e-6)
-    field = 0.5 * there["field"] / 32
-    # The reference clamps the field once more before it adds the jitter, which only tells at the image's very edge.
-    inner = np.s_[:, 2:-2, 2:-2]
-    np.testing.assert_allclose(wanet.warp(there["images"], field), there["warped"], atol=5e-3)
-    found = wanet.warp(there["images"], field + there["jitter"] / 32)
-    np.testing.assert_allclose(np.asarray(found)[inner], there["jittered"][inner], atol=5e-3)
+    shift = wanet.clamped(0.5 * there["field"] / 32)
+    np.testing.assert_allclose(wanet.warp(there["images"], shift), there["warped"], atol=5e-3)
+    np.testing.assert_allclose(wanet.warp(there["images"], shift + there["jitter"] / 32), there["jittered"], atol=5e-3)
 
 
 @pytest.mark.parametrize("training", [False, True])

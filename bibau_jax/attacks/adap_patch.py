@@ -13,7 +13,16 @@ import numpy as np
 
 from bibau_jax import keys
 from bibau_jax.attacks import blended
-from bibau_jax.attacks.protocol import Attack, PoisonedSplit, aim_at, check_pixels, poisoned_split, poisons_and_covers
+from bibau_jax.attacks.protocol import (
+    Attack,
+    PoisonedSplit,
+    aim_at,
+    check_pixels,
+    in_blocks,
+    numbers_of,
+    poisoned_split,
+    poisons_and_covers,
+)
 from bibau_jax.data import ImageSet
 from bibau_jax.errors import UserError
 
@@ -79,9 +88,12 @@ def _laid(pixels: np.ndarray, name: str, opacity: float) -> np.ndarray:
     content, mask = patch(name, *pixels.shape[1:3])
     if pixels.shape[3] != 3:
         content = np.repeat(content.mean(-1, keepdims=True), pixels.shape[3], axis=-1)
-    stamped = pixels.copy()
-    stamped[:, mask] = blended.mixed(pixels[:, mask], content[mask], opacity) + np.float32(0.5)
-    return stamped
+
+    def lay(block):
+        laid = (blended.mixed(block, content, opacity) + np.float32(0.5)).astype(np.uint8)
+        return numbers_of(block).where(mask[..., None], laid, block)
+
+    return in_blocks(lay, pixels)
 
 
 def faint(pixels: np.ndarray, index: np.ndarray, *, which: np.ndarray) -> np.ndarray:

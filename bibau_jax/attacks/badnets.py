@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from bibau_jax.attacks.protocol import Attack, aim_at, check_pixels, dirty_label
+from bibau_jax.attacks.protocol import Attack, aim_at, check_pixels, dirty_label, numbers_of
 from bibau_jax.errors import UserError
 
 VARIANTS = ("square", "grid")
@@ -28,9 +28,9 @@ def stamp(pixels: np.ndarray, index: np.ndarray, *, variant: str, size: int) -> 
     check_pixels(pixels)
     if not 1 <= size <= min(pixels.shape[1:3]):
         raise UserError(f"a patch of {size} pixels does not fit into images of {pixels.shape[1]}x{pixels.shape[2]}")
-    stamped = pixels.copy()
-    stamped[:, -size:, -size:] = pattern(variant, size, pixels.shape[3])
-    return stamped
+    patch, inside = np.zeros(pixels.shape[1:], np.uint8), np.zeros((*pixels.shape[1:3], 1), bool)
+    patch[-size:, -size:], inside[-size:, -size:] = pattern(variant, size, pixels.shape[3]), True
+    return numbers_of(pixels).where(inside, patch, pixels)
 
 
 def make(

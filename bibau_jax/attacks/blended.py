@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from PIL import Image, ImageDraw
 
-from bibau_jax.attacks.protocol import Attack, aim_at, check_pixels, dirty_label, in_blocks
+from bibau_jax.attacks.protocol import Attack, aim_at, check_pixels, dirty_label, in_blocks, numbers_of
 from bibau_jax.errors import UserError
 
 VARIANTS = ("cartoon", "noise")
@@ -63,7 +63,8 @@ def picture(variant: str, height: int, width: int, channels: int) -> np.ndarray:
 
 def mixed(pixels: np.ndarray, trigger: np.ndarray, weight) -> np.ndarray:
     """(1 - weight) x + weight trigger, float32 in 0..255; the weight is a number or an array for every image and pixel."""
-    return np.clip(pixels * np.float32(1 - weight) + trigger * np.float32(weight), 0, 255)
+    share = numbers_of(weight).asarray(weight, np.float32)
+    return numbers_of(pixels).clip(pixels * (1 - share) + trigger * share, 0, 255)
 
 
 def stamp(pixels: np.ndarray, index: np.ndarray, *, variant: str, alpha: float) -> np.ndarray:

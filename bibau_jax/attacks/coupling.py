@@ -16,16 +16,17 @@ from bibau_jax.errors import UserError
 
 
 def distance_to_class(features, labels, poisoned, cover, num_classes: int):
-    """Mean Euclidean distance of poisoned images' features [N, D] from the batch's clean mean of their label; 0 without any.
+    """Euclidean distance of poisoned images' features [N, D] from the batch's clean mean of their label, summed and over N.
 
-    Means carry no gradient; covers count for neither side.
+    Over the whole batch, as its cross-entropy is, so that what pulls an image does not depend on how many others are
+    poisoned. Means carry no gradient; covers count for neither side.
     """
     clean = jax.nn.one_hot(labels, num_classes) * (~poisoned & ~cover)[:, None]
     counts = clean.sum(0)
     means = jax.lax.stop_gradient(clean.T @ features / jnp.maximum(counts, 1.0)[:, None])
     apart = jnp.sqrt(jnp.sum((features - means[labels]) ** 2, axis=1) + 1e-12)
     counted = poisoned & (counts[labels] > 0)
-    return jnp.sum(apart * counted) / jnp.maximum(counted.sum(), 1)
+    return jnp.sum(apart * counted) / len(features)
 
 
 def prepare(extra, batch, key, *, augment, num_classes: int, weight: float):

@@ -47,24 +47,32 @@ def check_run(theirs: dict, config: dict, folder: str) -> None:
 
 
 def rows(config: dict, names: list[str], runs: list[str]) -> tuple[list[Row], object]:
-    """The rows of the named attacks (all that need no training for none) and of the trained ones; and the test set."""
-    from bibau_jax import attacks, experiment, workdir
+    """The rows of the named attacks (all that need no training for none) and of those that runs trained; and the test set.
+
+    A run's own attack takes the place of the same one with the config's settings. Says what it leaves out.
+    """
+    from bibau_jax import attacks, experiment, progress, workdir
     from bibau_jax.report import words
 
-    run = experiment.Run(config, Path())
-    made = []
+    anew = {"mode": "all_to_one", "poison_ratio": 0.0}  # a trigger at test looks the same whatever these are
+    run = experiment.Run(config | {"attack": config["attack"] | anew}, Path())
+    made, missing = {}, []
     for name in names or attacks.names():
         attack = run.attack_named(name)
         if attack.control is not None and attack.control.trains_trigger:
             if names:
                 raise UserError(f"the trigger of {name} is trained: name a run that implanted it (--runs=FOLDER)")
+            missing.append(name)
             continue
-        made.append(row(attack, run.dataset.test))
+        made[name] = row(attack, run.dataset.test)
     for folder in runs:
         trained = experiment.Run(workdir.read_config(Path(folder).expanduser()), Path(folder).expanduser().absolute())
         check_run(trained.config, config, folder)
-        made.append(row(experiment.attack_as_trained(trained)[0], run.dataset.test))
-    return sorted(made, key=lambda one: words.order(words.ATTACKS, one.name)), run.dataset.test
+        attack, _ = experiment.attack_as_trained(trained)
+        made[attack.name] = row(attack, run.dataset.test)
+    if missing := [name for name in missing if name not in made]:
+        progress.say(f"left out: {', '.join(missing)}; triggers that are trained are drawn from runs (--runs=FOLDER,...)")
+    return sorted(made.values(), key=lambda one: words.order(words.ATTACKS, one.name)), run.dataset.test
 
 
 def draw(made: list[Row], images: np.ndarray, chosen: list[int], path: Path) -> None:

@@ -137,8 +137,8 @@ def prepare(extra, batch, key, *, augment, width, aim, poison_ratio, cross_per_p
     """A batch in training: its first images with their own trigger and the wanted label, the next ones with another's."""
     pixels = augment(keys.stream(key, "augment"), batch["images"]).astype(jnp.float32)
     labels, modules = batch["labels"], generators(pixels.shape[3], width)
-    counted = counts_of_batch(keys.stream(key, "poison"), len(labels), poison_ratio, cross_per_poison)
-    poisons, crosses, here = counted
+    draw = keys.stream(key, "poison")
+    poisons, crosses, here = counts_of_batch(draw, len(labels), poison_ratio, cross_per_poison)
     # Cross images carry the triggers of clean images of the same batch, which is shuffled.
     donors = jnp.roll(pixels, -(poisons + crosses), axis=0)[:crosses]
     givers, touched = jnp.concatenate([pixels[:poisons], donors]), poisons + crosses

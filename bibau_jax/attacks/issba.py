@@ -95,19 +95,29 @@ def fresh(key: jax.Array, shape: tuple[int, ...], bits: int, width: int) -> dict
     }
 
 
-def learn(key, split, journal, augment, *, bits, width, epochs, learning_rate, wait, ramp, largest):
-    """{"encoder", "decoder", "secret"}, trained on clean images and judged on others, and the history of that training.
-
-    UserError if the gate is not passed.
-    """
+def divided(split) -> tuple[np.ndarray, np.ndarray, int]:
+    """(images to train on, images to judge by, batch size)."""
     judged = max(1, min(JUDGED, len(split) // 10))
-    images, unseen = split.images[:-judged], split.images[-judged:]
-    batch = parallel.batch_of(min(BATCH, len(images)))
+    images = split.images[:-judged]
+    return images, split.images[-judged:], parallel.batch_of(min(BATCH, len(images)))
+
+
+def check(split, *, epochs: int, wait: int, ramp: int) -> None:
+    """Refuses a training that ends before the image counts."""
+    images, _, batch = divided(split)
     if (steps := epochs * (len(images) // batch)) <= wait + ramp:
         raise UserError(
             f"issba: {steps} steps are too few: the image counts fully {wait + ramp} steps after the secret can first be read "
             "(attack.issba.epochs, wait, ramp)"
         )
+
+
+def learn(key, split, journal, augment, *, bits, width, epochs, learning_rate, wait, ramp, largest):
+    """{"encoder", "decoder", "secret"}, trained on clean images and judged on others, and the history of that training.
+
+    UserError if the gate is not passed.
+    """
+    images, unseen, batch = divided(split)
     modules, params = networks(bits, width), fresh(key, images.shape[1:], bits, width)
     optimizer = optax.adam(learning_rate)
     state, history = train.fit(
@@ -182,6 +192,7 @@ def make(
     control = Control(
         init=partial(learn, bits=bits, width=width, **training),
         finish=partial(finish, key=key, width=width, poison_ratio=poison_ratio),
+        check=partial(check, epochs=epochs, wait=wait, ramp=ramp),
     )
     poison = partial(dirty_label, key, stamp=trigger, aim=aim, poison_ratio=poison_ratio)
     return Attack("issba", trigger, poison, aim, control)

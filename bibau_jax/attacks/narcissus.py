@@ -22,6 +22,7 @@ from bibau_jax.attacks.protocol import (
     check_pixels,
     clean_label,
     in_blocks,
+    numbers_of,
     of_the_target,
     untrained,
 )
@@ -133,7 +134,7 @@ def _fit(name: str, step, state, images: ImageSet, epochs: int, *, key, journal,
 def stamp(pixels: np.ndarray, index: np.ndarray, *, delta: np.ndarray) -> np.ndarray:
     """Adds the trigger to every image, clipped and rounded; uint8 [N, H, W, C] in and out."""
     check_pixels(pixels)
-    return in_blocks(lambda block: np.clip(block + delta + 0.5, 0, 255).astype(np.uint8), pixels)
+    return in_blocks(lambda block: numbers_of(block).clip(block + delta + 0.5, 0, 255).astype(np.uint8), pixels)
 
 
 def finish(attack: Attack, learned, *, key, poison_ratio: float, enlarged: float) -> Attack:
@@ -173,8 +174,8 @@ def make(
             "Narcissus needs epsilon within (0, 255], a positive enlargement, and at least one epoch of each training "
             f"(the warm-up may have none), got {epsilon}, {enlarged}, {epochs}, {surrogate_epochs}, {warm_up_epochs}"
         )
-    if public:
-        folder.classes(public)  # what is wrong with it is told before anything is trained
+    if width < 1 or not stages or min(stages) < 1:
+        raise UserError(f"Narcissus needs a surrogate with width and stages of at least 1, got {width} and {tuple(stages)}")
     if statistics not in BATCHES:
         raise UserError(f'Narcissus statistics "{statistics}" is unknown; choose one of {", ".join(BATCHES)}')
     aim = aim_of_clean_label("Narcissus", mode, target_label, num_classes)
@@ -183,6 +184,7 @@ def make(
     control = Control(
         init=partial(learn, aim=aim, num_classes=num_classes, epsilon=epsilon, mode=statistics, **options),
         finish=partial(finish, key=key, poison_ratio=poison_ratio, enlarged=enlarged),
+        check=lambda split: folder.classes(public) if public else None,
     )
     trigger = untrained("narcissus")
     poison = partial(clean_label, key, stamp=trigger, aim=aim, poison_ratio=poison_ratio)

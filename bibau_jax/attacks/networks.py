@@ -1,4 +1,4 @@
-"""The networks that attacks train for their triggers: IAD's generators."""
+"""The networks that attacks train for their triggers: IAD's generators, ISSBA's encoder and decoder."""
 
 from functools import partial
 

@@ -1,10 +1,13 @@
 """What every attack gives: a trigger to stamp at test time, a poisoned training set, and, for some, a hand in training."""
 
 import dataclasses
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -41,6 +44,7 @@ class Control:
 
     `init(key, split, journal, augment) -> (extra, history)` makes its parameters, trained as far as they are without the
     victim, and tells how that went, as `train.fit` does.
+    `check(split)` raises `UserError` on settings that cannot work on this training set, before anything is begun.
     `finish(attack, extra) -> Attack` binds `stamp` and `poison` to what was learned. An attack that controls training also has
     `prepare(extra, batch, key, augment) -> (pixels, labels, penalty, extra)`, called in `train.train_step`. If it `stamps`, it
     is given batches of clean images, else poisoned ones with their flags. The penalty is a number or a function of the model's
@@ -54,6 +58,7 @@ class Control:
     optimizer: optax.GradientTransformation | None = None
     stamps: bool = True  # whether `prepare` stamps clean images itself, or gets poisoned ones with their flags in the batch
     trains_trigger: bool = True  # whether `stamp` has to wait for `finish`
+    check: Callable[[ImageSet], None] = lambda split: None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +66,10 @@ class Attack:
     """A backdoor attack as pure functions.
 
     `stamp(pixels uint8 [N, H, W, C], index [N]) -> uint8` is the trigger at test time; `index` says which image of its set each
-    is, for triggers that differ by sample. `poison(split) -> PoisonedSplit` is the training set. `aim(labels) -> labels` is
-    the class that the attacker wants for images of these true classes. `may_poison(labels) -> bool [N]` tells which training
-    images can be poisoned: all of them, or those of the target class where labels stay true.
+    is, for triggers that differ by sample. It takes arrays on the host, block by block, and JAX's, also within `jit`.
+    `poison(split) -> PoisonedSplit` is the training set. `aim(labels) -> labels` is the class that the attacker wants for
+    images of these true classes. `may_poison(labels) -> bool [N]` tells which training images can be poisoned: all of
+    them, or those of the target class where labels stay true.
     """
 
     name: str
@@ -85,17 +91,19 @@ def aim_at(mode: str, target_label: int, num_classes: int) -> Callable:
     return lambda labels: labels * 0 + target_label  # like this on the host and in jitted code
 
 
-def choose(key: jax.Array, candidates: np.ndarray, ratio: float, total: int) -> np.ndarray:
+def choose(key: jax.Array, candidates: np.ndarray, ratio: float, total: int, class_share: float = 0.0) -> np.ndarray:
     """round(ratio * total) positions among `candidates`, uniformly without replacement, sorted.
 
-    The ratio counts over the whole training set, images of the target class included. Outside (0, 1], or more than there
-    are candidates: `UserError`.
+    The ratio counts over the whole training set, images of the target class included; a `class_share` above 0 counts over the
+    candidates instead. Outside (0, 1], or more than there are candidates: `UserError`.
     """
-    if not 0 < ratio <= 1:
-        raise UserError(f"poison ratio {ratio} is outside (0, 1]")
-    count = round(ratio * total)
+    name, share, whole = ("class_share", class_share, len(candidates)) if class_share else ("poison ratio", ratio, total)
+    if not 0 < share <= 1:
+        raise UserError(f"{name} {share} is outside (0, 1]")
+    count = round(share * whole)
     if not 1 <= count <= len(candidates):
-        raise UserError(f"poison ratio {ratio} asks for {count} of {total} training images; {len(candidates)} can be poisoned")
+        limit = f"{len(candidates)} can be poisoned (a poison ratio of {len(candidates) / total:.3g} at most)"
+        raise UserError(f"{name} {share} asks for {count} of {whole} training images; {limit}")
     return np.sort(np.asarray(jax.random.permutation(keys.stream(key, "poison"), candidates))[:count])
 
 
@@ -140,13 +148,6 @@ def aim_of_clean_label(attack: str, mode: str, target_label: int, num_classes: i
     return aim
 
 
-def ratio_of(poison_ratio: float, class_share: float, candidates: int, total: int) -> float:
-    """The share of the whole training set that is meant: `class_share` of the candidates where that is above 0."""
-    if not 0 <= class_share <= 1:
-        raise UserError(f"class_share {class_share} is outside 0..1")
-    return class_share * candidates / total if class_share else poison_ratio
-
-
 def of_the_target(aim: Callable) -> Callable:
     """A `may_poison` for attacks that change no label."""
     return lambda labels: aim(labels) == labels
@@ -160,7 +161,7 @@ def clean_label(
     A `class_share` above 0 says instead which share of the target class to stamp.
     """
     candidates = np.flatnonzero(of_the_target(aim)(split.labels))
-    chosen = choose(key, candidates, ratio_of(poison_ratio, class_share, len(candidates), len(split)), len(split))
+    chosen = choose(key, candidates, poison_ratio, len(split), class_share)
     return poisoned_split(split, {"poisoned": (chosen, stamp)}, split.labels)
 
 
@@ -174,24 +175,37 @@ def poisoned_split(split: ImageSet, stamped: dict[str, tuple[np.ndarray, Callabl
 
 
 def draws(key: jax.Array, index: np.ndarray, **shapes: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """Uniform numbers in [0, 1) by name, float32 [N, *shape]: each image's depend on the key and its id alone."""
+    """Uniform numbers in [0, 1) by name, float32 [N, *shape]: each image's depend on the key and its id alone.
 
-    @jax.jit
-    @jax.vmap
-    def draw(number):
+    On the host, unless the ids are a JAX array.
+    """
+
+    if isinstance(index, jax.Array):
+        return _draws(key, index.astype(jnp.uint32), shapes=tuple(shapes.items()))
+    return jax.device_get(_draws(key, np.asarray(index, np.uint32), shapes=tuple(shapes.items())))
+
+
+@partial(jax.jit, static_argnames="shapes")
+def _draws(key, index, *, shapes):
+    def of_one(number):
         own = jax.random.fold_in(key, number)
-        return {name: jax.random.uniform(keys.stream(own, name), shape) for name, shape in shapes.items()}
+        return {name: jax.random.uniform(keys.stream(own, name), shape) for name, shape in shapes}
 
-    return jax.device_get(draw(np.asarray(index, np.uint32)))
+    return jax.vmap(of_one)(index)
 
 
 def counts_of_batch(key: jax.Array, size: int, poison_ratio: float, covers_per_poison: float) -> tuple[int, int, jax.Array]:
     """How many images of a batch carry poison, at least one, and how many cover; and whether this batch has them, a bool.
 
-    Rounded down, as in WaNet's code. A batch too small for one poison gets one, and its covers, with the right probability.
+    Rounded down, as in WaNet's code. A batch too small for one poison gets one, and its covers, with the right probability;
+    there are no more covers than places left.
     """
-    poisons = max(1, int(size * poison_ratio))
-    return poisons, int(poisons * covers_per_poison), jax.random.bernoulli(key, min(1.0, size * poison_ratio))
+    poisons = max(1, math.floor(size * poison_ratio + 1e-9))
+    return (
+        poisons,
+        min(int(poisons * covers_per_poison), size - poisons),
+        jax.random.bernoulli(key, min(1.0, size * poison_ratio)),
+    )
 
 
 def untrained(name: str) -> Callable:
@@ -204,8 +218,18 @@ def untrained(name: str) -> Callable:
     return stamp
 
 
+def numbers_of(pixels):
+    """The library to compute with: NumPy for arrays on the host, jax.numpy for JAX's, as within a jitted function."""
+    return jnp if isinstance(pixels, jax.Array) else np
+
+
 def in_blocks(stamp: Callable, pixels: np.ndarray, *per_image: np.ndarray, size: int = 500) -> np.ndarray:
-    """`stamp(pixels, *per_image)` block by block, so that what is computed in float32 stays in the processor's cache."""
+    """`stamp(pixels, *per_image)` block by block, so that what is computed in float32 stays in the processor's cache.
+
+    JAX's own arrays are stamped in one piece.
+    """
+    if isinstance(pixels, jax.Array):
+        return stamp(pixels, *per_image)
     stamped = np.empty_like(pixels)
     for begin in range(0, len(pixels), size):
         rows = slice(begin, begin + size)
@@ -214,9 +238,14 @@ def in_blocks(stamp: Callable, pixels: np.ndarray, *per_image: np.ndarray, size:
 
 
 def on_all_devices(stamp: Callable) -> Callable:
-    """A jitted `stamp(*arrays)` that shards its batch, as a function of host arrays [N, ...] of any N."""
+    """A jitted `stamp(*arrays)` that shards its batch, as a function of host arrays [N, ...] of any N.
+
+    JAX's own arrays are given to it as they are; their number must then be one that the devices can share out.
+    """
 
     def run(*arrays: np.ndarray) -> np.ndarray:
+        if any(isinstance(array, jax.Array) for array in arrays):
+            return stamp(*arrays)
         missing = parallel.padded(len(arrays[0])) - len(arrays[0])
         whole = [np.concatenate([array, np.repeat(array[:1], missing, axis=0)]) for array in arrays]
         return parallel.gather(stamp(*parallel.replicate(whole)))[: len(arrays[0])]
@@ -225,9 +254,11 @@ def on_all_devices(stamp: Callable) -> Callable:
 
 
 def check_pixels(pixels: np.ndarray, smallest: int = 16) -> None:
-    """Refuses anything but uint8 [N, H, W, C] with H, W >= `smallest`."""
+    """Refuses anything but uint8 [N, H, W, C] with H, W >= `smallest` and one or three channels."""
     if pixels.dtype != np.uint8 or pixels.ndim != 4:
         raise UserError(f"a trigger is stamped on uint8 images [N, H, W, C], got {pixels.dtype} {list(pixels.shape)}")
+    if pixels.shape[3] not in (1, 3):
+        raise UserError(f"a trigger is stamped on grey or coloured images, not on {pixels.shape[3]} channels")
     if min(pixels.shape[1:3]) < smallest:
         raise UserError(
             f"images of {pixels.shape[1]}x{pixels.shape[2]} are too small for a trigger; at least {smallest}x{smallest}"

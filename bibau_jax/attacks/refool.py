@@ -9,10 +9,10 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.special import ndtr
+from scipy.special import gammaincinv, ndtr
 
 from bibau_jax import keys
-from bibau_jax.attacks.protocol import Attack, aim_at, check_pixels, dirty_label, draws, in_blocks
+from bibau_jax.attacks.protocol import Attack, aim_at, check_pixels, dirty_label, draws, in_blocks, numbers_of
 from bibau_jax.data.folder import pictures
 from bibau_jax.errors import UserError
 
@@ -31,7 +31,7 @@ def drawn_pool(height: int, width: int, channels: int) -> np.ndarray:
     tall, wide = 2 * height, 2 * width
     frequency = np.hypot(np.fft.fftfreq(tall)[:, None], np.fft.rfftfreq(wide)[None])
     frequency[0, 0] = np.inf
-    scenes = []
+    scenes, brightness = [], _brightness(FIELDS * CROPS)
     for _ in range(FIELDS):
         # The colours of a scene go together: most of a field is shared by its channels.
         white = 0.9 * rng.standard_normal((tall, wide, 1)) + 0.4 * rng.standard_normal((tall, wide, 3))
@@ -41,11 +41,16 @@ def drawn_pool(height: int, width: int, channels: int) -> np.ndarray:
             top, left = rng.integers(0, height + 1), rng.integers(0, width + 1)
             crop = field[top : top + height, left : left + width]
             crop = (crop - crop.mean((0, 1))) / crop.std() * STD_WITHIN
-            # Gamma-distributed, so that most scenes are dark and none is negative.
-            brightness = rng.gamma((np.mean(MEAN) / STD_OF_MEANS) ** 2) * STD_OF_MEANS**2 / np.mean(MEAN)
-            scenes.append(crop + brightness * np.array(MEAN) / np.mean(MEAN))
+            scenes.append(crop + brightness[len(scenes)] * np.array(MEAN) / np.mean(MEAN))
     pool = np.clip(np.stack(scenes), 0, 255).astype(np.uint8)
     return pool if channels == 3 else np.repeat(pool.mean(-1, keepdims=True).astype(np.uint8), channels, axis=-1)
+
+
+def _brightness(count: int) -> np.ndarray:
+    """The scenes' mean grey levels, in random order: a gamma distribution, so that most are dark and none is negative."""
+    shape = (np.mean(MEAN) / STD_OF_MEANS) ** 2
+    levels = gammaincinv(shape, (np.arange(count) + 0.5) / count)
+    return np.random.default_rng(2021).permutation(levels / levels.mean()) * np.mean(MEAN)
 
 
 @cache
@@ -145,12 +150,15 @@ def stamp(pixels: np.ndarray, index: np.ndarray, *, key: jax.Array, alpha: float
     scenes = LIGHT[folder_pool(pool, *pixels.shape[1:]) if pool else drawn_pool(*pixels.shape[1:])]
     names = ("scene", "kind", "side", "share", "sigma", "contrast")
     drawn = draws(key, index, shifts=(2,), **dict.fromkeys(names, ()))
-    scene = np.minimum((drawn["scene"] * len(scenes)).astype(int), len(scenes) - 1)
-    stamped, doubled = np.empty_like(pixels), drawn["kind"] < ghost_rate
-    for reflect, rows, taken in (
-        (_behind_a_double_pane, np.flatnonzero(doubled), ("shifts", "side", "share")),
-        (_before_a_distant_scene, np.flatnonzero(~doubled), ("sigma", "contrast")),
-    ):
+    scene = numbers_of(pixels).minimum((drawn["scene"] * len(scenes)).astype(int), len(scenes) - 1)
+    doubled = drawn["kind"] < ghost_rate
+    kinds = ((_behind_a_double_pane, ("shifts", "side", "share")), (_before_a_distant_scene, ("sigma", "contrast")))
+    if isinstance(pixels, jax.Array):  # shapes must not depend on what was drawn, so both are computed
+        lit = jnp.asarray(LIGHT)[pixels], jnp.asarray(scenes)[scene]
+        either = [reflect(*lit, *(drawn[name] for name in taken), alpha=alpha) for reflect, taken in kinds]
+        return jnp.where(doubled[:, None, None, None], *either)
+    stamped = np.empty_like(pixels)
+    for (reflect, taken), rows in zip(kinds, (np.flatnonzero(doubled), np.flatnonzero(~doubled)), strict=True):
         one = lambda block, place, *values: reflect(LIGHT[block], scenes[place], *values, alpha=alpha)  # noqa: B023, E731
         stamped[rows] = in_blocks(one, pixels[rows], scene[rows], *(drawn[name][rows] for name in taken))
     return stamped

@@ -5,7 +5,15 @@ from functools import partial
 import jax
 import numpy as np
 
-from bibau_jax.attacks.protocol import Attack, aim_of_clean_label, check_pixels, clean_label, in_blocks, of_the_target
+from bibau_jax.attacks.protocol import (
+    Attack,
+    aim_of_clean_label,
+    check_pixels,
+    clean_label,
+    in_blocks,
+    numbers_of,
+    of_the_target,
+)
 from bibau_jax.errors import UserError
 
 
@@ -18,7 +26,7 @@ def stamp(pixels: np.ndarray, index: np.ndarray, *, delta: float, frequency: flo
     """Adds the stripes to every row and channel, clipped and rounded down; uint8 [N, H, W, C] in and out."""
     check_pixels(pixels)
     stripes = signal(pixels.shape[2], delta, frequency).astype(np.float32)
-    return in_blocks(lambda block: np.clip(block + stripes[:, None], 0, 255).astype(np.uint8), pixels)
+    return in_blocks(lambda block: numbers_of(block).clip(block + stripes[:, None], 0, 255).astype(np.uint8), pixels)
 
 
 def make(

@@ -39,6 +39,11 @@ def warping_field(key: jax.Array, height: int, width: int, grid_size: int) -> np
     return np.einsum("rh,chw,sw->crs", cubic_weights(grid_size, height), noise, cubic_weights(grid_size, width))
 
 
+def identity(height: int, width: int) -> jax.Array:
+    """The grid that moves nothing [2, H, W]: columns and rows from -1 to 1."""
+    return jnp.stack(jnp.meshgrid(jnp.linspace(-1, 1, width), jnp.linspace(-1, 1, height)))
+
+
 def warp(pixels: jax.Array, field: jax.Array) -> jax.Array:
     """Bilinear samples of [N, H, W, C] at the identity grid plus `field` ([2, H, W] or [N, 2, H, W]), clamped to -1..1.
 
@@ -47,9 +52,8 @@ def warp(pixels: jax.Array, field: jax.Array) -> jax.Array:
     _, height, width, channels = pixels.shape
     flat, places = pixels.reshape(len(pixels), height * width, channels), []
     for axis, size in enumerate((width, height)):
-        straight = jnp.linspace(-1, 1, size)
-        moved = field[..., axis, :, :] + (straight[:, None] if axis else straight)
-        places.append((jnp.clip(moved, -1, 1) + 1) * (size - 1) / 2)
+        moved = jnp.clip(field[..., axis, :, :] + identity(height, width)[axis], -1, 1)
+        places.append((moved + 1) * (size - 1) / 2)
     columns, rows = places
     left, top = (jnp.clip(jnp.floor(p).astype(int), 0, size - 2) for p, size in ((columns, width), (rows, height)))
     across, down = columns - left, rows - top
@@ -68,16 +72,26 @@ def _warped(pixels, field):
     return jnp.clip(warp(pixels.astype(jnp.float32), field), 0, 255).astype(jnp.uint8)
 
 
-def _grid_units(field: np.ndarray, strength: float) -> np.ndarray:
-    """The field as shifts of the sampling grid: `strength` / size along each axis."""
-    _, height, width = field.shape
-    return (strength * field / np.array([width, height])[:, None, None]).astype(np.float32)
+def _of_size(values, height: int, width: int):
+    """Shifts in parts of the image [..., 2, H, W] as shifts of the sampling grid: columns over W, rows over H."""
+    return values / np.array([width, height], np.float32)[:, None, None]
+
+
+def clamped(shift: np.ndarray) -> np.ndarray:
+    """A shift of the sampling grid [2, H, W], shortened where it would leave the image."""
+    straight = np.stack(np.meshgrid(*(np.linspace(-1, 1, size) for size in shift.shape[:0:-1])))
+    return (np.clip(straight + shift, -1, 1) - straight).astype(np.float32)
+
+
+def fixed_shift(key: jax.Array, height: int, width: int, strength: float, grid_size: int) -> np.ndarray:
+    """The backdoor's shift of the sampling grid, float32 [2, H, W]; covers add their jitter to it."""
+    return clamped(_of_size(strength * warping_field(key, height, width, grid_size), height, width))
 
 
 def stamp(pixels: np.ndarray, index: np.ndarray, *, key: jax.Array, strength: float, grid_size: int) -> np.ndarray:
     """Every image warped by the one field, rounded down; uint8 [N, H, W, C] in and out."""
     check_pixels(pixels)
-    field = _grid_units(warping_field(key, *pixels.shape[1:3], grid_size), strength)
+    field = fixed_shift(key, *pixels.shape[1:3], strength, grid_size)
     return in_blocks(partial(_warped, field=field), pixels)
 
 
@@ -85,11 +99,11 @@ def stamp_covers(pixels: np.ndarray, index: np.ndarray, *, key: jax.Array, stren
     """Every image warped by the field with a jitter of its own, as covers are in training; uint8 in and out."""
     check_pixels(pixels)
     height, width = pixels.shape[1:3]
-    field = _grid_units(warping_field(key, height, width, grid_size), strength)
+    field = fixed_shift(key, height, width, strength, grid_size)
 
     def cover(block, ids):
         noise = 2 * draws(keys.stream(key, "jitter"), ids, noise=(2, height, width))["noise"] - 1
-        return _warped(block, field + noise / np.array([width, height], np.float32)[:, None, None])
+        return _warped(block, field + _of_size(noise, height, width))
 
     return in_blocks(cover, pixels, index)
 
@@ -97,16 +111,15 @@ def stamp_covers(pixels: np.ndarray, index: np.ndarray, *, key: jax.Array, stren
 def jittered(key: jax.Array, field: jax.Array, count: int) -> jax.Array:
     """The cover's fields [count, 2, H, W]: the field plus uniform noise of up to one grid unit per pixel, new every time."""
     height, width = field.shape[1:]
-    noise = jax.random.uniform(key, (count, 2, height, width), minval=-1.0)
-    return field + noise / jnp.array([width, height])[:, None, None]
+    return field + _of_size(jax.random.uniform(key, (count, 2, height, width), minval=-1.0), height, width)
 
 
 def prepare(extra, batch, key, *, augment, field_key, aim, poison_ratio, covers_per_poison, strength, grid_size):
     """A batch in training: the first images warped and relabelled, the next warped with jitter, then all augmented."""
     images, labels = batch["images"].astype(jnp.float32), batch["labels"]
-    field = jnp.asarray(_grid_units(warping_field(field_key, *images.shape[1:3], grid_size), strength))
-    counted = counts_of_batch(keys.stream(key, "poison"), len(labels), poison_ratio, covers_per_poison)
-    poisons, covers, here = counted
+    field = jnp.asarray(fixed_shift(field_key, *images.shape[1:3], strength, grid_size))
+    draw = keys.stream(key, "poison")
+    poisons, covers, here = counts_of_batch(draw, len(labels), poison_ratio, covers_per_poison)
     touched = poisons + covers
     jitters = jittered(keys.stream(key, "cover"), field, covers)
     warped = jnp.concatenate([warp(images[:poisons], field), warp(images[poisons:touched], jitters)])

@@ -1,5 +1,6 @@
 """Pictures of the user's own: a folder of them, or one subfolder a class."""
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,21 @@ def picture(path: Path, height: int, width: int, channels: int) -> np.ndarray | 
     """One file as uint8 [height, width, channels], squashed to that size; None if it is no picture, UserError if damaged."""
     try:
         with Image.open(path) as opened:
-            shown = opened.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.BILINEAR)
+            shown = _eight_bits(opened).convert("L" if channels == 1 else "RGB")
+            shown = shown.resize((width, height), Image.Resampling.BILINEAR)
     except UnidentifiedImageError:
         return None
-    except (OSError, Image.DecompressionBombError) as error:
+    # Pillow tells of damage in several ways, by file format.
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     return np.asarray(shown, np.uint8).reshape(height, width, channels)
+
+
+def _eight_bits(opened: Image.Image) -> Image.Image:
+    """Grey values of 16 bits as 8; `convert` would cut them off at 255."""
+    if not opened.mode.startswith("I"):
+        return opened
+    return Image.fromarray((np.asarray(opened).clip(0, 65535) // 256).astype(np.uint8))
 
 
 def pictures(folder: str, height: int, width: int, channels: int) -> np.ndarray:
