@@ -24,6 +24,7 @@ from bibau_jax.errors import UserError
 from bibau_jax.metrics import cost, rates
 from bibau_jax.report import html, tables
 
+HARDLY = 50.0  # percent of ASR below which a backdoored model is not worth a defence
 STAGES = ("implant", "purify", "evaluate", "report")
 # What the models are called in the record; other defences keep their own names, and the main one's model is "purified".
 MODELS = {"none": "backdoored", "clean": "clean", "ft": "finetuned"}
@@ -344,6 +345,9 @@ def evaluate(this: Run, command: str) -> None:
                 bar.advance()
         _write_arrays(this.folder / "strip.npz", _strip(this, attack, variables))
     update(this, command, metrics=metrics, stages={"evaluate": records.StageCost(**dataclasses.asdict(spent))})
+    if (taken := metrics["backdoored"].asr.percent) < HARDLY:
+        more = "more poison (attack.poison_ratio), a stronger trigger or more epochs may help"
+        progress.say(f"evaluate: the backdoor hardly took, ASR {taken:.1f} %; {more}", show=parallel.is_lead())
 
 
 def _finished(this: Run) -> dict[str, str]:

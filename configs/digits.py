@@ -32,6 +32,15 @@ def get_config(attack: str = "badnets"):
     config.attack.narcissus.surrogate_epochs = 40
     config.attack.narcissus.epochs = 300
     config.attack.narcissus.poison_ratio = 0.05
+    # Strokes of eight pixels on black hide faint stripes and warps; chosen on validation images of seed 100.
+    config.attack.sig.delta = 120.0
+    config.attack.sig.poison_ratio = 0.08
+    config.attack.wanet.strength = 2.0
+    for name in ("adap_blend", "enhanced_adap_blend"):
+        config.attack[name].poison_ratio = 0.01
+    for name in ("adap_patch", "enhanced_adap_patch"):
+        config.attack[name].poison_ratio = 0.1
+        config.attack[name].covers_per_poison = 1.0
     config.implant.epochs = 20
     config.implant.batch_size = 64
     config.implant.schedule = "one_cycle"

@@ -1,6 +1,7 @@
 """Whole runs on a few digits: what is left on disk, what is done again, what is shared, and what is refused."""
 
 import dataclasses
+import importlib
 import json
 import shutil
 from types import SimpleNamespace
@@ -395,3 +396,12 @@ def test_poisoned_images_are_stamped_once_and_then_cropped_with_the_others(tiny_
     pixels, labels, _, _ = step.keywords["prepare"]((), batch, keys.root(0))
     moved = (np.asarray(pixels)[:, -3:, -3:] != 255).any(axis=(1, 2, 3))
     assert 0.5 < moved.mean() < 1 and (labels == 0).all()  # the crop took part of most triggers with it
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", attacks.names())
+def test_every_attack_takes_with_the_settings_for_the_digits(name, tmp_path):
+    config = importlib.import_module("configs.digits").get_config(name).to_dict()
+    config["implant"]["clean_twin"] = "none"
+    record = experiment.run(config | {"stages": "implant,evaluate"}, str(tmp_path / "run"))
+    assert record.metrics["backdoored"].asr.percent > experiment.HARDLY and record.metrics["backdoored"].ca.percent > 90
