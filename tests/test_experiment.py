@@ -344,14 +344,20 @@ def test_a_poisoned_set_that_cannot_be_made_again_is_refused(copy):
             experiment.poisoned_split(experiment.Run(config, folder))
 
 
-@pytest.mark.parametrize(
-    "name, usual", [("badnets", 0.1), ("sig", 0.05), ("narcissus", 0.0005), ("enhanced_adap_patch", 0.003)]
-)
-def test_a_poison_ratio_left_to_the_attack_is_its_usual_one_and_is_told(name, usual, tiny_config):
+@pytest.mark.parametrize("name, own", [("badnets", 0.1), ("sig", 0.08), ("narcissus", 0.05), ("enhanced_adap_blend", 0.01)])
+def test_a_poison_ratio_left_to_the_attack_is_that_of_its_section_and_is_told(name, own, tiny_config):
     config = tiny_config({"attack.name": name, "attack.poison_ratio": 0.0})
-    assert experiment.settled(config)["attack"]["poison_ratio"] == usual
+    assert experiment.settled(config)["attack"]["poison_ratio"] == own
     assert config["attack"]["poison_ratio"] == 0.0  # the caller's is left alone
     assert experiment.settled(tiny_config({"attack.name": name, "attack.poison_ratio": 0.2}))["attack"]["poison_ratio"] == 0.2
+
+
+def test_a_share_of_the_class_is_told_in_the_place_of_a_ratio(tiny_config, tmp_path):
+    config = tiny_config({"attack.name": "sig", "attack.poison_ratio": 0.0, "attack.sig.class_share": 0.5}, stages="implant")
+    record = experiment.run(config, str(tmp_path / "run"))
+    assert record.config["attack"]["poison_ratio"] == 0.0
+    saved = np.load(tmp_path / "run" / "implant" / "poison.npz")
+    assert saved["poison_ratio"] == saved["poisoned"].mean() > 0.03
 
 
 def test_what_a_trigger_cost_is_counted_when_the_victims_training_is_done_later(tiny_config, tmp_path, monkeypatch):
