@@ -66,8 +66,10 @@ def rows(config: dict, names: list[str], runs: list[str]) -> tuple[list[Row], ob
             continue
         made[name] = row(attack, run.dataset.test)
     for folder in runs:
-        trained = experiment.Run(workdir.read_config(Path(folder).expanduser()), Path(folder).expanduser().absolute())
-        check_run(trained.config, config, folder)
+        theirs = workdir.read_config(Path(folder).expanduser())
+        check_run(theirs, config, folder)
+        theirs["data"] |= {name: config["data"][name] for name in ("data_dir", "manual_dir", "download")}
+        trained = experiment.Run(theirs, Path(folder).expanduser().absolute())
         attack, _ = experiment.attack_as_trained(trained)
         made[attack.name] = row(attack, run.dataset.test)
     if missing := [name for name in missing if name not in made]:
