@@ -32,15 +32,18 @@ def get_config(attack: str = "badnets"):
     config.attack.narcissus.surrogate_epochs = 40
     config.attack.narcissus.epochs = 300
     config.attack.narcissus.poison_ratio = 0.05
-    # Strokes of eight pixels on black hide faint stripes and warps; chosen on validation images of seed 100.
-    config.attack.sig.delta = 120.0
+    # Strokes of eight pixels on black hide faint stripes and warps; chosen on validation images of seeds 100 to 102.
+    config.attack.sig.delta = 200.0
     config.attack.sig.poison_ratio = 0.08
     config.attack.wanet.strength = 2.0
+    config.attack.wanet.poison_ratio = 0.2
+    config.attack.wanet.covers_per_poison = 1.0
     for name in ("adap_blend", "enhanced_adap_blend"):
         config.attack[name].poison_ratio = 0.01
     for name in ("adap_patch", "enhanced_adap_patch"):
         config.attack[name].poison_ratio = 0.1
         config.attack[name].covers_per_poison = 1.0
+    config.attack.enhanced_adap_patch.coupling = 0.03
     config.implant.epochs = 20
     config.implant.batch_size = 64
     config.implant.schedule = "one_cycle"
