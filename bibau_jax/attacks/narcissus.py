@@ -167,7 +167,7 @@ def make(
     `public`, a folder with one subfolder of pictures a class; where that is "" the training set's other classes stand for
     the public images that an attacker has. `warm_up_epochs` on the target class alone follow, then `epochs` passes over it in
     search of the trigger, with BatchNorm on batch statistics ("train", as the released code does) or running ones
-    ("eval"). The ratio counts over the whole training set; 0.0005 is 25 images of CIFAR-10.
+    ("eval"). The ratio counts over the whole training set; 0.0005 is 25 of 50,000 images.
     """
     if not 0 < epsilon <= 255 or enlarged <= 0 or min(epochs, surrogate_epochs) < 1 or warm_up_epochs < 0:
         raise UserError(

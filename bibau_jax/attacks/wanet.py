@@ -39,9 +39,9 @@ def warping_field(key: jax.Array, height: int, width: int, grid_size: int) -> np
     return np.einsum("rh,chw,sw->crs", cubic_weights(grid_size, height), noise, cubic_weights(grid_size, width))
 
 
-def identity(height: int, width: int) -> jax.Array:
-    """The grid that moves nothing [2, H, W]: columns and rows from -1 to 1."""
-    return jnp.stack(jnp.meshgrid(jnp.linspace(-1, 1, width), jnp.linspace(-1, 1, height)))
+def identity(height: int, width: int) -> np.ndarray:
+    """The grid that moves nothing, float32 [2, H, W]: columns and rows from -1 to 1."""
+    return np.stack(np.meshgrid(np.linspace(-1, 1, width), np.linspace(-1, 1, height))).astype(np.float32)
 
 
 def warp(pixels: jax.Array, field: jax.Array) -> jax.Array:
@@ -50,11 +50,9 @@ def warp(pixels: jax.Array, field: jax.Array) -> jax.Array:
     The field is in grid units: columns, then rows; corners are aligned as in `grid_sample(align_corners=True)`.
     """
     _, height, width, channels = pixels.shape
-    flat, places = pixels.reshape(len(pixels), height * width, channels), []
-    for axis, size in enumerate((width, height)):
-        moved = jnp.clip(field[..., axis, :, :] + identity(height, width)[axis], -1, 1)
-        places.append((moved + 1) * (size - 1) / 2)
-    columns, rows = places
+    flat = pixels.reshape(len(pixels), height * width, channels)
+    moved = jnp.clip(field + identity(height, width), -1, 1)
+    columns, rows = ((moved[..., axis, :, :] + 1) * (size - 1) / 2 for axis, size in enumerate((width, height)))
     left, top = (jnp.clip(jnp.floor(p).astype(int), 0, size - 2) for p, size in ((columns, width), (rows, height)))
     across, down = columns - left, rows - top
 
@@ -79,7 +77,7 @@ def _of_size(values, height: int, width: int):
 
 def clamped(shift: np.ndarray) -> np.ndarray:
     """A shift of the sampling grid [2, H, W], shortened where it would leave the image."""
-    straight = np.stack(np.meshgrid(*(np.linspace(-1, 1, size) for size in shift.shape[:0:-1])))
+    straight = identity(*shift.shape[1:])
     return (np.clip(straight + shift, -1, 1) - straight).astype(np.float32)
 
 
