@@ -79,6 +79,7 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # orbax tells every step of every save
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     config = CONFIG.value.to_dict()
+    parallel.keep_compiled()
     parallel.use_cores(config["implant"]["batch_size"], min(config["defense"]["batch_size"], config["data"]["clean_size"]))
     try:
         experiment.run(config, WORKDIR.value, experiment.command_line())

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import math
 import os
+import pathlib
 from collections.abc import Callable
 
 import jax
@@ -35,6 +36,17 @@ def use_cores(*batch_sizes: int) -> None:
     shared = math.gcd(*batch_sizes)
     count = next(count for count in range(min(cores, MOST_CORES), 0, -1) if shared % count == 0)
     jax.config.update("jax_num_cpu_devices", count)
+
+
+def keep_compiled() -> None:
+    """Keeps compiled programs on disk, in JAX_COMPILATION_CACHE_DIR or ~/.cache/bibau_jax: the next run need not compile them.
+
+    A run compiles the same few programs again for every model it trains or attacks; a grid does so for every run.
+    """
+    if not jax.config.jax_compilation_cache_dir:
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(cache / "bibau_jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def connect(coordinator: str = "", processes: int = 0, process: int = -1) -> None:

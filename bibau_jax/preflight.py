@@ -2,15 +2,13 @@
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bibau_jax import attacks, defenses, models, parallel, records, train, workdir
 from bibau_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from bibau_jax.experiment import Run
+from bibau_jax.run import Run
+from bibau_jax.stages import reactivate
 
 # The parts of the config that decide the backdoored model and its clean twin: what a model may be shared between runs by.
 IMPLANT_PARTS = (
@@ -34,7 +32,7 @@ def stages(listed: str, known: tuple[str, ...]) -> list[str]:
     return wanted
 
 
-def check(run: "Run", wanted: list[str]) -> None:
+def check(run: Run, wanted: list[str]) -> None:
     """Raises `UserError` on the first setting that the stages in `wanted` cannot be run with."""
     config = run.config
     _numbers(config)
@@ -46,6 +44,9 @@ def check(run: "Run", wanted: list[str]) -> None:
     attacks.get(config["attack"]["name"])
     for row in run.rows:
         defenses.get(row)
+    if defenses.is_ideal(config["defense"]["name"]):
+        name = config["defense"]["name"]
+        raise UserError(f"defense.name={name} sees the trigger and is no defence; it goes to defense.beside")
     for section in ("implant", "defense"):
         _training(section, config[section])
     if config["checkpoint_every"] < 1 or config["data"]["padding"] < 0:
@@ -61,6 +62,8 @@ def check(run: "Run", wanted: list[str]) -> None:
     for section, images in (("implant", run.splits.train), ("defense", run.splits.clean)):
         taken = min(config[section]["batch_size"], len(images))  # a batch is at most the whole set
         parallel.check_batch(taken, f"{section}.batch_size (of {len(images)} images)")
+    if "reactivate" in wanted:
+        reactivate.check(run)
     if config["implant"]["reuse"]:
         _same_model(run, "reuse", "implant", (*IMPLANT_PARTS, "attack", "implant"))
     if config["implant"]["clean_twin"] not in ("train", "none"):
@@ -88,7 +91,7 @@ def _training(name: str, section: dict) -> None:
     train.learning_rate_schedule(section["schedule"], 1.0, 1)
 
 
-def _attack(run: "Run") -> None:
+def _attack(run: Run) -> None:
     """The poison ratio, and the trigger on one image."""
     images, ratio = run.splits.train, run.config["attack"]["poison_ratio"]
     first, options = images.take(slice(8)), run.config["attack"].get(run.config["attack"]["name"], {})
@@ -104,7 +107,7 @@ def _attack(run: "Run") -> None:
     attacks.protocol.poisons_and_covers(run.key, len(images), ratio, covers)
 
 
-def _same_model(run: "Run", setting: str, stage: str, parts: tuple[str, ...]) -> None:
+def _same_model(run: Run, setting: str, stage: str, parts: tuple[str, ...]) -> None:
     """Refuses a model of another run that was trained with other settings, or is not finished."""
     other = run.config["implant"][setting]
     theirs = workdir.read_config(Path(other).expanduser())

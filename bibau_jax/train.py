@@ -307,22 +307,27 @@ def _is_finite(tree):
 
 
 @partial(jax.jit, static_argnums=0)
-def _predict(classifier, variables, pixels):
-    return jnp.argmax(classifier.apply(variables, parallel.shard(pixels)).logits, -1)
+def _logits(classifier, variables, pixels):
+    return classifier.apply(variables, parallel.shard(pixels)).logits
 
 
 def predict(classifier: Classifier, variables, images, batch_size: int = 500) -> np.ndarray:
     """The predicted class of every image (uint8 or float 0..255, [N, H, W, C]), int [N], in evaluation mode."""
+    return logits(classifier, variables, images, batch_size).argmax(-1)
+
+
+def logits(classifier: Classifier, variables, images, batch_size: int = 500) -> np.ndarray:
+    """The logits of every image (uint8 or float 0..255, [N, H, W, C]), float32 [N, classes], in evaluation mode."""
     variables = parallel.replicate(variables)
     batch_size = parallel.padded(min(batch_size, len(images)))
-    predictions = []
+    found = []
     for begin in range(0, len(images), batch_size):
         part = np.asarray(images[begin : begin + batch_size])
         short = batch_size - len(part)
         # Every call has one shape, so that it compiles once; the padding is cut off again.
         part = np.concatenate([part, np.zeros((short, *part.shape[1:]), part.dtype)]) if short else part
-        predictions.append(parallel.gather(_predict(classifier, variables, parallel.replicate(part)))[: batch_size - short])
-    return np.concatenate(predictions)
+        found.append(parallel.gather(_logits(classifier, variables, parallel.replicate(part)))[: batch_size - short])
+    return np.concatenate(found)
 
 
 def accuracy(classifier: Classifier, variables, images, labels) -> float:

@@ -9,7 +9,9 @@ from bibau_jax.records import flat, write_text
 
 # What may change between two starts of the same run: where things lie and what else is asked for, never what was computed.
 FREE = ("stages", "tensorboard", "checkpoint_every", "distributed", "data.data_dir", "data.manual_dir", "data.download")
-ADDABLE = ("defense.beside", "implant.reuse", "implant.clean_twin")
+ADDABLE = ("defense.beside", "implant.reuse", "implant.clean_twin", "reactivate.checks")
+
+LATER = {"defense": "purify", "reactivate": "reactivate"}  # sections of the config, and the folder that settles them
 
 
 def differences(old: dict, new: dict, ignore=(*FREE, *ADDABLE)) -> list[str]:
@@ -27,12 +29,13 @@ def differences(old: dict, new: dict, ignore=(*FREE, *ADDABLE)) -> list[str]:
 def claim(workdir, config: dict) -> pathlib.Path:
     """The folder as an absolute path, made and marked with this config; a folder of another config or of no run is refused.
 
-    The settings of the defences are free until the first of them has begun: one may implant now and decide later.
+    The settings of the defences are free until the first of them has begun, and so are those of the checks that follow: one may
+    implant now and decide later.
     """
     folder = pathlib.Path(workdir).expanduser().absolute()
     marker = folder / "config.json"
     if marker.exists():
-        undecided = () if (folder / "purify").exists() else ("defense",)
+        undecided = [section for section, begun in LATER.items() if not (folder / begun).exists()]
         changed = differences(read_config(folder), config, (*FREE, *ADDABLE, *undecided))
         if changed:
             raise UserError(f"{workdir} holds a run of another config ({'; '.join(changed)}); choose another --workdir")

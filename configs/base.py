@@ -10,7 +10,7 @@ def get_config() -> ConfigDict:
     """The defaults: the paper's settings where it states them, at full ResNet-18 size."""
     config = ConfigDict()
     config.seed = 0  # everything random is folded from it
-    config.stages = "implant,purify,evaluate,report"  # what to do; finished work is skipped
+    config.stages = "implant,purify,evaluate,reactivate,report"  # what to do; finished work is skipped
     config.compute = "auto"  # bfloat16 on GPU/TPU and float32 on the CPU; or one of them by name
     config.tensorboard = False  # mirror metrics.jsonl to TensorBoard (needs the extra [tensorboard])
     config.checkpoint_every = 200  # steps between checkpoints of a training in progress (GPU/TPU: at ends of epochs)
@@ -94,6 +94,49 @@ def get_config() -> ConfigDict:
 
     config.defense = defense()
     config.defense.target_label = config.attack.get_ref("target_label") + 0  # follows the attack's until it is set itself
+
+    config.reactivate = reactivate()
+    return config
+
+
+def reactivate() -> ConfigDict:
+    """Settings of the checks that tell a backdoor that is gone from one that is hidden."""
+    config = ConfigDict()
+    # retuning, query, bec, orthogonality; or also universal (white-box), square (outputs alone), linearity
+    config.checks = "retuning,query,bec,orthogonality"
+    config.test_size = 0  # test images that success is counted on; 0 for all
+
+    config.retuning = ConfigDict()
+    config.retuning.images = 1024  # that the model is fine-tuned with, poisoned ones included (2 % of CIFAR-10)
+    config.retuning.poisoned = 0  # of them; 0 takes the paper's number for the attack (5, 2 or 1)
+    config.retuning.repeats = 3  # draws of images, of which R-ASR is the mean
+    config.retuning.epochs = 5
+    config.retuning.batch_size = 128
+    config.retuning.learning_rate = 0.01
+    config.retuning.momentum = 0.9
+
+    config.query = ConfigDict({"images": 500, "epsilon": 16.0})  # clean and as many triggered ones; bound, pixels 0..255
+    config.query.gradient = "white_box"  # through the purified model; or queries, of its outputs alone
+    config.query.alpha = 0.2  # weight of waking the model against leaving a clean one alone
+    config.query.epochs = 50
+    config.query.batch_size = 128
+    config.query.learning_rate = 0.1
+    config.query.momentum = 0.9
+    config.query.hidden = 1024  # width of the perturbing network
+    config.query.directions = 10  # with queries: pairs of steps that a gradient is estimated from
+    config.query.sigma = 2.0  # with queries: their size, grey levels
+
+    config.universal = ConfigDict({"images": 1000, "epsilon": 12.75, "learning_rate": 0.05})
+    config.universal.epochs = 50
+    config.universal.inner = 5  # steps on one batch
+    config.universal.batch_size = 128
+    config.square = ConfigDict({"images": 500, "epsilon": 12.75, "queries": 10_000})  # queries of each image
+
+    config.bec = ConfigDict({"share": 0.1, "layers": 10})  # of a layer's channels; last convolutions, 0 for all
+    config.bec.steepness = 10.0  # k and z_0 of the sigmoid; lost in the paper's text
+    config.bec.centre = 0.5
+    config.orthogonality = ConfigDict({"images": 512})  # of each kind, in batches of 128
+    config.linearity = ConfigDict({"images": 64})
     return config
 
 
@@ -101,7 +144,7 @@ def defense() -> ConfigDict:
     """Settings of the defences; each takes those that its `purify` names. Same data and budget for all."""
     config = ConfigDict()
     config.name = "bibau_u"  # the main defence, a file in bibau_jax/defenses; its model is `purified` in the record
-    config.beside = "ft,base_at,bibau_t"  # defences run beside it on the same model and data
+    config.beside = "ft,base_at,bibau_t,ibu"  # run beside it on the same model and data; ibu is the ideal, no defence
     config.epochs = 20
     config.batch_size = 256
     config.learning_rate = 0.01

@@ -33,6 +33,7 @@ def get_config(attack: str = "badnets"):
     config.model.stages = (1, 1, 1, 1)
     config.implant.epochs = 15
     config.implant.schedule = "one_cycle"
+    config.reactivate.test_size = 2000
     config.defense.epochs = 8
     config.defense.batch_size = 64
     config.defense.learning_rate = 0.03

@@ -9,7 +9,7 @@ import pytest
 
 from bibau_jax import defenses, keys, train
 from bibau_jax.data import ImageSet
-from bibau_jax.defenses import bibau
+from bibau_jax.defenses import bibau, ibu
 from bibau_jax.defenses.bibau import Perturbation
 from bibau_jax.errors import UserError
 
@@ -36,6 +36,8 @@ def purify(name, backdoored, clean=None, seed=0, **options):
     known = inspect.signature(fn).parameters
     options = {option: value for option, value in (QUICK | options).items() if option in known}
     clean = backdoored.clean if clean is None else clean
+    if defenses.is_ideal(name):
+        options["triggered"] = ImageSet(backdoored.attack.stamp(clean.images, clean.ids), clean.labels, clean.ids)
     return fn(keys.root(seed), backdoored.classifier, backdoored.variables, clean, **options)
 
 
@@ -59,7 +61,7 @@ def test_it_keeps_most_of_the_clean_accuracy(name, purified, backdoored):
     assert backdoored.rates(purified(name).variables)[0] > 0.6
 
 
-@pytest.mark.parametrize("name", ["base_at", "bibau_t", "bibau_u"])
+@pytest.mark.parametrize("name", ["base_at", "bibau_t", "bibau_u", "ibu"])
 def test_it_takes_the_backdoor_away_where_doing_nothing_leaves_it(name, purified, backdoored):
     assert backdoored.rates(purified(name).variables)[1] < 0.1 < backdoored.rates(backdoored.variables)[1]
 
@@ -114,7 +116,7 @@ def test_crops_and_flips_are_those_that_were_asked_for(name, backdoored, monkeyp
         jax.eval_shape(step, state, frozen, data, key)
         raise InterruptedError
 
-    for module in (train, bibau):
+    for module in (train, bibau, ibu):
         monkeypatch.setattr(module, "crop_and_flip", record)
     monkeypatch.setattr(train, "fit", look)
     with pytest.raises(InterruptedError):
@@ -127,7 +129,13 @@ def test_nothing_of_the_attack_is_asked_for(name):
     parameters = inspect.signature(defenses.get(name).purify).parameters
     assert list(parameters)[:4] == ["key", "classifier", "variables", "clean"]
     assert not {"attack", "trigger", "stamp", "poisoned", "test", "aim"} & set(parameters)
-    assert all(p.default is not p.empty for p in parameters.values() if p.kind is p.KEYWORD_ONLY)
+    assert all(p.default is not p.empty for p in parameters.values() if p.kind is p.KEYWORD_ONLY and p.name != "triggered")
+    assert ("triggered" in parameters) == (name in ("ibu",)) == defenses.is_ideal(name)
+
+
+@EVERY
+def test_what_sees_the_trigger_says_so_in_the_type_of_what_it_gives(name, purified):
+    assert isinstance(purified(name), defenses.Ideal) == defenses.is_ideal(name)
 
 
 @pytest.mark.parametrize("name", ["base_at", "bibau_t", "bibau_u"])

@@ -16,6 +16,7 @@ from bibau_jax import attacks, checkpoint, experiment, keys, records, train, wor
 from bibau_jax.attacks import badnets, issba
 from bibau_jax.data import splits
 from bibau_jax.errors import UserError
+from bibau_jax.stages import checks, evaluate
 
 WITH_ALL = {"implant.clean_twin": "train", "defense.beside": "ft"}
 
@@ -113,6 +114,129 @@ def test_the_twin_is_trained_on_the_same_images_in_the_same_order_without_poison
         for place in (folder / "clean" / "model", folder / "implant" / "model", tmp_path / "run" / "implant" / "model")
     )
     assert 0 < np.linalg.norm(little - twin) < 0.5 * np.linalg.norm(full - twin)
+
+
+# --- whether it is gone
+
+EVERY_CHECK = "retuning,query,bec,orthogonality,universal,square,linearity"
+
+
+@pytest.fixture(scope="module")
+def attacked(tiny_config, tmp_path_factory):
+    """A run with every check of `reactivate`: (config, folder, record)."""
+    changes = {"implant.clean_twin": "train", "defense.name": "ft", "defense.beside": "ibu", "reactivate.checks": EVERY_CHECK}
+    config, folder = tiny_config(changes), tmp_path_factory.mktemp("runs") / "attacked"
+    return config, folder, experiment.run(config, str(folder), "the command")
+
+
+def test_every_check_leaves_its_numbers_with_every_model_it_is_made_of(attacked):
+    _, _, record = attacked
+    numbers = {"r_asr", "r_ca", "q_asr", "q_clean", "q_twin", "q_twin_clean", "u_asr", "u_clean", "s_asr", "s_clean"}
+    geometry = {"bec", "bec_squashed", "orthogonality", "orthogonality_signed", "linearity", "linearity_random"}
+    for name in ("purified", "clean", "ibu"):
+        extra = record.metrics[name].extra
+        assert numbers | geometry <= extra.keys()
+        assert all(0 <= extra[number] <= 100 for number in numbers)
+        assert len(extra["r_asr_each"]) == 2 and np.mean(extra["r_asr_each"]) == pytest.approx(extra["r_asr"])
+        assert extra["r_poisoned"] == 5 and extra["s_queries"] <= 3
+    undefended = record.metrics["backdoored"].extra
+    assert geometry <= undefended.keys() and not numbers & undefended.keys()
+    assert undefended["bec"] == pytest.approx(1, abs=1e-5)
+    assert record.metrics["clean"].extra["bec"] == pytest.approx(0, abs=1e-5)
+    assert {"reactivate/ft", "reactivate/ibu", "reactivate/clean", "reactivate/none"} <= record.stages.keys()
+
+
+def test_retuning_is_given_exactly_its_images(attacked):
+    config, folder, _ = attacked
+    this = experiment.Run(config, folder)
+    draws = [checks.for_retuning(this, this.attack, number) for number in (0, 1)]
+    for benign, poisoned in draws:
+        assert (len(benign), len(poisoned)) == (35, 5)
+        assert not set(benign.ids) & set(poisoned.ids)
+        originals = this.splits.train.take(np.array([np.flatnonzero(this.splits.train.ids == i)[0] for i in poisoned.ids]))
+        np.testing.assert_array_equal(originals.ids, poisoned.ids)
+        assert (poisoned.labels == 0).all() and (originals.labels != 0).all()
+        np.testing.assert_array_equal(poisoned.images, this.attack.stamp(originals.images, originals.ids))
+    assert set(draws[0][1].ids) != set(draws[1][1].ids)
+
+
+def test_a_check_that_is_added_later_only_adds(attacked, tiny_config, tmp_path):
+    config, folder, record = attacked
+    few = tiny_config(workdir.flat(config) | {"reactivate.checks": "retuning"})
+    few["stages"] = "implant,purify,evaluate,reactivate"
+    first = experiment.run(few, str(tmp_path / "run"))
+    assert "q_asr" not in first.metrics["purified"].extra
+    before = snapshot(tmp_path / "run")
+    more = experiment.run(few | {"reactivate": few["reactivate"] | {"checks": "retuning,bec"}}, str(tmp_path / "run"))
+    after = snapshot(tmp_path / "run")
+    assert {path.name for path in after if after[path] != before.get(path)} <= {"record.json", "config.json", "model_sha256"}
+    for name in ("purified", "clean", "ibu"):
+        assert more.metrics[name].extra["r_asr_each"] == first.metrics[name].extra["r_asr_each"]
+        assert more.metrics[name].extra["bec"] == pytest.approx(record.metrics[name].extra["bec"], abs=1e-6)
+
+
+def test_an_attack_that_was_cut_off_goes_on_where_it_was(attacked, tmp_path, monkeypatch):
+    config, _, record = attacked
+    config = config | {"reactivate": config["reactivate"] | {"checks": "retuning,query"}}
+
+    def cut_off(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checks.query, "learn", cut_off)
+        experiment.run(config, str(tmp_path / "run"))
+    done = records.read(tmp_path / "run" / "record.json").metrics
+    assert "r_asr" in done["clean"].extra and "q_asr" not in done["clean"].extra
+    last = experiment.run(config, str(tmp_path / "run"))
+    for name in ("purified", "clean", "ibu"):
+        for number in ("r_asr", "q_asr", "q_twin"):
+            assert last.metrics[name].extra[number] == record.metrics[name].extra[number]
+
+
+def test_a_model_that_was_purified_anew_is_attacked_anew(attacked, tmp_path):
+    config, folder, _ = attacked
+    shutil.copytree(folder, tmp_path / "run")
+    path = tmp_path / "run" / "purify" / "ft" / "model"
+    tree, info = checkpoint.load(path)
+    shutil.rmtree(path)
+    info.pop("sha256")
+    tree["variables"]["params"]["head"]["bias"] += 1.0
+    tree["variables"]["params"]["head"]["bias"][0] += 30.0  # now everything is a 0
+    checkpoint.save(path, tree, info)
+    last = experiment.run(config, str(tmp_path / "run"))
+    assert last.metrics["purified"].asr.percent == 100 and last.metrics["purified"].extra["u_asr"] == 100
+    assert last.metrics["ibu"] == records.read(folder / "record.json").metrics["ibu"]
+
+
+def test_without_a_clean_twin_the_checks_that_need_one_are_left_out_and_said_so(tiny_config, tmp_path, capsys):
+    config = tiny_config({"defense.name": "ft", "reactivate.checks": "query,bec,orthogonality"})
+    record = experiment.run(config, str(tmp_path / "run"))
+    assert "reactivate: without query, bec, for want of a clean twin" in "".join(capsys.readouterr())
+    assert "orthogonality" in record.metrics["purified"].extra and "bec" not in record.metrics["purified"].extra
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"reactivate.checks": "retuning,magic"}, 'reactivate.checks: "magic" is unknown'),
+        ({"reactivate.checks": "retuning", "reactivate.retuning.repeats": 0}, "reactivate.retuning.repeats must be positive"),
+        ({"reactivate.checks": "retuning", "reactivate.retuning.poisoned": 40}, "needs more than 40 images in all"),
+        ({"reactivate.checks": "query", "reactivate.query.epsilon": -1.0}, "reactivate.query.epsilon must be positive"),
+        ({"reactivate.checks": "query", "reactivate.query.gradient": "x"}, "reactivate.query.gradient must be one of"),
+        ({"reactivate.test_size": -1}, "reactivate.test_size must not be negative"),
+        ({"defense.name": "ibu"}, "sees the trigger and is no defence"),
+    ],
+)
+def test_checks_that_cannot_be_made_are_refused_before_anything_is_written(changes, words, tiny_config, tmp_path):
+    with pytest.raises(UserError, match=words):
+        experiment.run(tiny_config(changes), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_models_without_measurements_are_not_attacked(tiny_config, tmp_path):
+    config = tiny_config({"defense.name": "ft", "reactivate.checks": "retuning"}, stages="implant,purify,reactivate")
+    with pytest.raises(UserError, match='run the stage "evaluate" first'):
+        experiment.run(config, str(tmp_path / "run"))
 
 
 # --- what is done again
@@ -410,4 +534,4 @@ def test_every_attack_takes_with_the_settings_for_the_digits(name, tmp_path):
     config = importlib.import_module("configs.digits").get_config(name).to_dict()
     config["implant"]["clean_twin"] = "none"
     record = experiment.run(config | {"stages": "implant,evaluate"}, str(tmp_path / "run"))
-    assert record.metrics["backdoored"].asr.percent > experiment.HARDLY and record.metrics["backdoored"].ca.percent > 90
+    assert record.metrics["backdoored"].asr.percent > evaluate.HARDLY and record.metrics["backdoored"].ca.percent > 90

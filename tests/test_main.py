@@ -181,7 +181,7 @@ def test_a_disk_that_takes_no_more_is_one_line_and_what_was_finished_is_kept(sta
     monkeypatch.setattr(place, writer, full)
     (done / "strip.npz").unlink()
     if writer == "page":
-        monkeypatch.setattr(experiment, "evaluate", lambda *arguments: None)
+        monkeypatch.setitem(experiment.STAGES, "evaluate", lambda *arguments: None)
     kept = {path: file for path, file in tree(done).items() if path.parent != done}
     status, line = started(done, {"defense.name": "ft"}, stages="evaluate,report")
     assert status == 2 and line == f"bibau_jax: cannot write {done / 'strip.npz'}: {words}; what was finished is kept"

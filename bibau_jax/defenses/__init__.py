@@ -1,13 +1,14 @@
 """Defences by file name: `defenses.get("bibau_u").purify(key, classifier, variables, clean)`."""
 
 import importlib
+import inspect
 import pkgutil
 from types import ModuleType
 
-from bibau_jax.defenses.protocol import Purified
+from bibau_jax.defenses.protocol import Ideal, Purified
 from bibau_jax.errors import unknown
 
-__all__ = ["Purified", "get", "names"]
+__all__ = ["Ideal", "Purified", "get", "is_ideal", "names"]
 
 NOT_DEFENSES = {"protocol", "bibau"}  # bibau is the method itself; bibau_u and bibau_t are its two modes
 
@@ -22,3 +23,8 @@ def get(name: str) -> ModuleType:
     if name not in names():
         raise unknown("defence", name, names())
     return importlib.import_module(f"{__name__}.{name}")
+
+
+def is_ideal(name: str) -> bool:
+    """Whether it asks for triggered images: a reference that defences are measured by, none itself."""
+    return "triggered" in inspect.signature(get(name).purify).parameters

@@ -30,6 +30,11 @@ class Purified:
     samples: dict[str, np.ndarray] | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Ideal(Purified):
+    """What a procedure gives back that sees the trigger: a reference for defences, none itself."""
+
+
 def check_clean(classifier: Classifier, clean: ImageSet) -> None:
     """Refuses a clean set that is empty, of another image shape, or with labels outside the classes."""
     if not len(clean):

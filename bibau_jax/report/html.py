@@ -14,7 +14,7 @@ import numpy as np
 
 from bibau_jax import records
 from bibau_jax.errors import UserError
-from bibau_jax.report import figures, progress, strip, tables, words
+from bibau_jax.report import figures, gone, progress, strip, tables, words
 
 STAGES = {"implant": "Implanting the backdoor", "clean": "Training the clean twin", "evaluate": "Evaluation"}
 UNCLASSED = {"none": "is-before", "clean": "is-clean"}
@@ -55,6 +55,7 @@ def page(record, lines=(), arrays=None) -> str:
         _head(record, title),
         _outcome(record),
         _table(record),
+        _gone(record),
         _strip(arrays or {}, target(config)),
         _progress(record, lines),
         _costs(record),
@@ -157,6 +158,17 @@ def _table(record) -> str:
     return _section("numbers", "Every model, counted", _wide(inside, "numbers", "Every model, counted"), text) if body else ""
 
 
+def _gone(record) -> str:
+    before = words.backdoored(record)
+    body = gone.body(tables.in_order(record.metrics.values()), words.rate(before.asr) if before is not None else None)
+    text = (
+        "A low ASR may mean that the backdoor is gone or that it sleeps. Here it is called back; the dashed mark is the ASR of "
+        "the backdoored model. The clean twin shows what each attack does where there never was a backdoor, IBU what is left "
+        "when the trigger is known and unlearned: it sees the trigger and is no defence."
+    )
+    return _section("gone", "Gone or hidden?", body, text) if body else ""
+
+
 def _wide(inside: str, tone: str, label: str) -> str:
     return f'<div class="wide" role="region" tabindex="0" aria-label="{label}"><table class="{tone}">{inside}</table></div>'
 
@@ -173,8 +185,10 @@ def _strip(arrays: dict, label: int | None) -> str:
 
 def stage_name(stage: str) -> str:
     """A stage as a heading, e.g. `Purifying: BI-BAU (U)` for `purify/bibau_u`; one not known is shown as it is."""
-    if stage.startswith("purify/"):
-        return f"Purifying: {words.defense(stage.removeprefix('purify/'))}"
+    kind, _, rest = stage.partition("/")
+    if kind in ("purify", "reactivate") and rest:
+        row, _, part = rest.partition("/")
+        return f"{'Purifying' if kind == 'purify' else 'Calling back'}: {words.defense(row)}" + (part and f", {part}")
     return STAGES.get(stage, stage)
 
 

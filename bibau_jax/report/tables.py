@@ -147,9 +147,13 @@ def rows(found) -> list[dict]:
 
 
 def further_columns(made) -> list[str]:
-    """The further measurements that any of the rows holds, in a fixed order."""
+    """The further measurements that any of the rows holds, in a fixed order; those that tables show come first."""
     names = {key for row in made for key in row if key not in COLUMNS}
     return sorted(names, key=lambda name: words.order(words.MEASURES, name))
+
+
+def _shown(made) -> list[str]:
+    return [name for name in words.MEASURES if any(row.get(name) is not None for row in made)]
 
 
 def spread(values) -> dict:
@@ -216,10 +220,7 @@ def _names(row: dict) -> tuple:
 
 
 def _summary_table(lines) -> str:
-    more = [name for name in words.MEASURES if any(name in line for line in lines)]
-    known = {*GROUP, "settings", "n", "seeds", "differs", *HEADINGS, *more}
-    more += sorted({name for line in lines for name in line if name not in known})
-    shown = ("ca", "ca_loss", "asr", *more, "robust_accuracy", "seconds")
+    shown = ("ca", "ca_loss", "asr", *_shown(lines), "robust_accuracy", "seconds")
     headings = (
         "Data set",
         "Model",
@@ -237,7 +238,7 @@ def _seeds(line: dict) -> str:
 
 
 def _rows_table(made) -> str:
-    more = further_columns(made)
+    more = _shown(made)
     headings = ("Data set", "Model", "Attack", "Defence", "Seed", "CA", "CA loss", "ASR", *map(words.measure, more))
     headings += ("Robust accuracy", "Seconds", "Training images", "Clean images", "Machine", "Record")
     body = []
@@ -283,6 +284,8 @@ def markdown(found: dict, text: str = f"{OPEN}\n{CLOSE}") -> str:
         "triggered images by itself."
     )
     mixed = "† " + "; ".join(dict.fromkeys(f"{name} mixed" for line in lines for name in line["differs"]))
+    if any(line["defense"] == "ibu" for line in lines):
+        note += "\n\nIBU is no defence: it sees the trigger, and shows how far any defence could get."
     note += f"\n\n{mixed}: this spread is not over seeds alone." if any(line["differs"] for line in lines) else ""
     for line in lines:
         if line["variant"] > 1:

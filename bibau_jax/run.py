@@ -1,0 +1,169 @@
+"""One run: its config, its folder, and what follows from them; how finished work is told and kept on disk."""
+
+import dataclasses
+import inspect
+from functools import cached_property
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from bibau_jax import attacks, checkpoint, data, defenses, keys, models, parallel, progress, records, train
+from bibau_jax.data import splits
+from bibau_jax.defenses.bibau import Perturbation
+from bibau_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run: its config, its folder, and what follows from them, made when first asked for."""
+
+    config: dict
+    folder: Path
+
+    @property
+    def key(self) -> jax.Array:
+        return keys.root(self.config["seed"])
+
+    @cached_property
+    def dataset(self) -> data.Dataset:
+        section = self.config["data"]
+        progress.say(f"data: {section['name']}", show=parallel.is_lead())
+        return data.load(
+            section["name"],
+            data_dir=section["data_dir"] or None,
+            manual_dir=section["manual_dir"] or None,
+            download=section["download"],
+        )
+
+    @cached_property
+    def splits(self) -> splits.Splits:
+        sizes = {name: self.config["data"][name] for name in ("train_size", "clean_size", "validation_size")}
+        return splits.divide(keys.stream(self.key, "data"), self.dataset.train, **sizes)
+
+    @cached_property
+    def classifier(self) -> models.Classifier:
+        section = dict(self.config["model"])
+        channels = self.dataset.image_shape[2]
+        if len(section["mean"]) != channels or len(section["std"]) != channels:
+            raise UserError(f"model.mean and model.std need {channels} values, one a channel of {self.dataset.name}")
+        return models.build(
+            section.pop("name"),
+            num_classes=self.dataset.num_classes,
+            image_shape=self.dataset.image_shape,
+            dtype=parallel.compute_dtype(self.config["compute"]),
+            **section,
+        )
+
+    @cached_property
+    def attack(self) -> attacks.Attack:
+        return self.attack_named(self.config["attack"]["name"])
+
+    def attack_named(self, name: str) -> attacks.Attack:
+        """An attack with its settings in the config, whether it is the run's own or another."""
+        section, options = self.config["attack"], self.config["attack"].get(name, {})
+        shared = {option: section[option] for option in ("target_label", "mode")}
+        if section["poison_ratio"] != 0:
+            options = options | {"poison_ratio": section["poison_ratio"]}
+        key = keys.stream(self.key, "attack")
+        return attacks.get(name).make(key, num_classes=self.dataset.num_classes, **shared, **options)
+
+    @property
+    def rows(self) -> list[str]:
+        """The defences to run, the main one first, each once."""
+        section = self.config["defense"]
+        return list(dict.fromkeys([section["name"], *filter(None, map(str.strip, section["beside"].split(",")))]))
+
+    def options(self, row: str) -> dict:
+        """The settings of the config that this defence takes, by name; its own section, where there is one, comes last."""
+        section = dict(self.config["defense"])
+        known = inspect.signature(defenses.get(row).purify).parameters
+        given = section | {name: self.config["data"][name] for name in ("padding", "flip")}
+        if row == "base_at":
+            given.pop("ablation")  # what makes it Base AT
+        given["pgd"] = Perturbation(**section["pgd"])
+        return {name: value for name, value in given.items() if name in known} | dict(section.get(row, {}))
+
+    def model_folder(self, stage: str) -> Path:
+        """Where the finished model of a stage lies: in this run's folder, or in that of the run it is taken from."""
+        setting = {"implant": "reuse", "clean": "clean_twin"}.get(stage)
+        other = self.config["implant"][setting] if setting else ""
+        folder = Path(other).expanduser().absolute() if other not in ("", "train", "none") else self.folder
+        if not (folder / stage / "model").exists():
+            raise UserError(f'{folder} has no finished "{stage}" model; run that stage first (--config.stages)')
+        return folder / stage / "model"
+
+    def journal(self, stage: str) -> train.Journal:
+        """Checkpoints, scalars and progress of one training, which is named after its folder."""
+        lead = parallel.is_lead()
+        keeper = checkpoint.Keeper(self.folder / stage / "checkpoints", every_steps=self.config["checkpoint_every"])
+        scalars = records.Scalars(self.folder / "metrics.jsonl", tensorboard=self.config["tensorboard"], lead=lead)
+        return train.Journal(stage, keeper, scalars, show=lead)
+
+
+def finish(this: Run, stage: str, tree, history, spent, command: str) -> None:
+    """Saves a stage's model with what it cost, then drops its checkpoints and writes the cost into the record."""
+    seconds = max(spent.seconds, sum(entry.get("seconds", 0.0) for entry in history))  # a resumed stage spent it in parts
+    info = {"seconds": seconds, "cost": dataclasses.asdict(spent) | {"seconds": seconds}}
+    checkpoint.save(this.folder / stage / "model", tree, info)
+    this.journal(stage).keeper.clear()
+    update(this, command, stages={stage: records.StageCost(**info["cost"])})
+
+
+def is_done(this: Run, stage: str, command: str) -> bool:
+    """Whether the stage's model is there; its cost is written into the record again if a kill came between the two."""
+    folder = this.folder / stage / "model"
+    if not folder.exists():
+        return False
+    progress.say(f"{stage}: done", show=parallel.is_lead())
+    path = this.folder / "record.json"
+    if not path.exists() or stage not in records.read(path).stages:
+        update(this, command, stages={stage: records.StageCost(**checkpoint.info(folder)["cost"])})
+    return True
+
+
+def load_model(this: Run, stage: str) -> tuple[dict, object, dict]:
+    """(variables, the attack's own parameters, info) of a finished stage."""
+    like = jax.eval_shape(this.classifier.init, jax.random.key(0))
+    tree, info = checkpoint.load(this.model_folder(stage))
+    tree = {"extra": (), **tree}
+    shapes = [[(str(path), leaf.shape) for path, leaf in jax.tree.leaves_with_path(t)] for t in (tree["variables"], like)]
+    if shapes[0] != shapes[1]:
+        raise UserError(f"{this.model_folder(stage)} does not hold this network's parameters")
+    return tree["variables"], tree["extra"], info
+
+
+def attack_as_trained(this: Run) -> tuple[attacks.Attack, dict]:
+    """The attack with what it learned while implanting, and the backdoored model's variables."""
+    variables, extra, _ = load_model(this, "implant")
+    attack = this.attack
+    return attack.control.finish(attack, extra) if attack.control else attack, variables
+
+
+def write_arrays(path: Path, arrays: dict) -> None:
+    if parallel.is_lead():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        with open(part, "wb") as file:
+            np.savez_compressed(file, **arrays)
+        part.replace(path)
+    parallel.wait(path.name)
+
+
+def update(this: Run, command: str, *, stages: dict | None = None, metrics: dict | None = None) -> None:
+    """Adds what a stage measured to <workdir>/record.json."""
+    path = this.folder / "record.json"
+    if parallel.is_lead():
+        if path.exists():
+            record = records.read(path)
+        else:
+            record = records.Record(this.config, this.config["seed"], command, records.versions(), records.device(), {}, {})
+        record = dataclasses.replace(
+            record,
+            config=this.config,
+            command=command,
+            stages=record.stages | (stages or {}),
+            metrics=record.metrics | (metrics or {}),
+        )
+        records.write(path, record)
+    parallel.wait("record")

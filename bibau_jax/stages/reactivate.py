@@ -1,0 +1,122 @@
+"""The stage that tells a backdoor that is gone from one that is hidden: re-activation attacks and layer-wise evidence.
+
+Every model that `evaluate` measured is attacked; the numbers join its row in the record as they come.
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from typing import NamedTuple
+
+from bibau_jax import parallel, progress, records
+from bibau_jax.errors import UserError
+from bibau_jax.metrics import cost
+from bibau_jax.reactivation import query
+from bibau_jax.run import Run, update
+from bibau_jax.stages import checks, evaluate
+
+MAY_BE_ZERO = ("poisoned", "layers", "momentum", "centre", "alpha")  # of the settings
+
+
+def run(this: Run, command: str) -> None:
+    """Runs the checks of `config["reactivate"]["checks"]` that the record lacks, model by model."""
+    asked, models = chosen(this.config), evaluate.models(this)
+    path = this.folder / "record.json"
+    told = records.read(path).metrics if path.exists() else {}
+    for row, one in models.items():
+        if not evaluate.is_measured(this, one, told):
+            raise UserError(f'the model "{row}" has no measurements yet; run the stage "evaluate" first')
+    if "clean" not in models and (lost := [check for check in asked if CHECKS[check].twin]):
+        progress.say(f"reactivate: without {', '.join(lost)}, for want of a clean twin", show=parallel.is_lead())
+    missing = [
+        (row, check)
+        for row, one in models.items()
+        for check in asked
+        if applies(check, row, models) and CHECKS[check].key not in told[one.name].extra
+    ]
+    if not missing:
+        progress.say("reactivate: done", show=parallel.is_lead())
+        return
+    scene = checks.scene_of(this, {row: one.stage for row, one in models.items()})
+    for row, check in missing:
+        _only_of(scene, row)
+        with cost.measure() as spent:
+            found = CHECKS[check].measure(scene, row)
+        _note(this, command, models[row].name, f"reactivate/{row}", found, spent)
+
+
+def _note(this: Run, command: str, name: str, stage: str, found: dict, spent) -> None:
+    """Adds what a check found to the model's row, and what it cost to the stage's."""
+    record = records.read(this.folder / "record.json")
+    measured, before = record.metrics[name], record.stages.get(stage)
+    costs = dataclasses.asdict(spent)
+    if before is not None:
+        costs["seconds"] += before.seconds
+        for peak in ("peak_memory_mb", "device_peak_memory_mb"):
+            costs[peak] = max(filter(None, (costs[peak], getattr(before, peak))), default=costs[peak])
+    parallel.wait("noted")  # nobody writes before everybody has read
+    metrics = {name: dataclasses.replace(measured, extra=measured.extra | found)}
+    update(this, command, metrics=metrics, stages={stage: records.StageCost(**costs)})
+
+
+def _only_of(scene: checks.Scene, row: str) -> None:
+    """Drops what was left of attacks on another model of this row: one purified anew never goes on from there."""
+    place = scene.this.folder / "reactivate" / row
+    mark = place / "model_sha256"
+    if parallel.is_lead() and not (mark.exists() and mark.read_text() == scene.digests[row]):
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        records.write_text(mark, scene.digests[row])
+    parallel.wait("only of this model")
+
+
+class Check(NamedTuple):
+    """One check: what measures it, the number that shows that it was done, and the rows that it is for.
+
+    `twin` says that it needs a clean twin, `backdoored` that the backdoored model is measured too.
+    """
+
+    measure: Callable[[checks.Scene, str], dict]
+    key: str
+    twin: bool = False
+    backdoored: bool = False
+
+
+CHECKS = {
+    "retuning": Check(checks.retuning_attack, "r_asr"),
+    "query": Check(checks.query_attack, "q_asr", twin=True),
+    "universal": Check(checks.universal_attack, "u_asr"),
+    "square": Check(checks.square_attack, "s_asr"),
+    "bec": Check(checks.backdoor_existence, "bec", twin=True, backdoored=True),
+    "orthogonality": Check(checks.gradient_angles, "orthogonality", backdoored=True),
+    "linearity": Check(checks.straightness, "linearity", backdoored=True),
+}
+
+
+def check(this: Run) -> None:
+    """Raises `UserError` on the first setting of the checks that is asked for and cannot be used."""
+    section, asked = this.config["reactivate"], chosen(this.config)
+    if section["test_size"] < 0:
+        raise UserError(f"reactivate.test_size must not be negative: {section['test_size']}")
+    for name in asked:
+        for option, value in section.get(name, {}).items():
+            if not isinstance(value, str) and (value < 0 or value == 0 and option not in MAY_BE_ZERO):
+                raise UserError(f"reactivate.{name}.{option} must be positive, got {value}")
+    if "retuning" in asked:
+        checks.retuning_sizes(this, this.config["attack"]["name"])
+    if "query" in asked and section["query"]["gradient"] not in query.GRADIENTS:
+        raise UserError(f"reactivate.query.gradient must be one of {', '.join(query.GRADIENTS)}")
+
+
+def chosen(config: dict) -> list[str]:
+    """The checks that the config asks for, in the order of CHECKS; unknown ones raise `UserError`."""
+    asked = [check.strip() for check in config["reactivate"]["checks"].split(",") if check.strip()]
+    for check in asked:
+        if check not in CHECKS:
+            raise UserError(f'reactivate.checks: "{check}" is unknown; known: {", ".join(CHECKS)}')
+    return [check for check in CHECKS if check in asked]
+
+
+def applies(check: str, row: str, rows) -> bool:
+    """Whether a check is made of the model of a row, given the rows there are."""
+    return (CHECKS[check].backdoored or row != "none") and (not CHECKS[check].twin or "clean" in rows)

@@ -1,0 +1,166 @@
+"""Orthogonality and linearity of a backdoor (Zhang et al., IEEE S&P 2024).
+
+A backdoor whose gradients stand square on those of the clean task survives fine-tuning; one that answers its channels
+linearly can be found by turning them up.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bibau_jax import keys
+from bibau_jax.data import ImageSet
+from bibau_jax.errors import UserError
+from bibau_jax.method.terms import cross_entropy
+from bibau_jax.models import Classifier
+
+SWEEP = np.round(np.arange(0.1, 3.0, 0.1), 1)  # w: how much of the mean activation is added
+BASELINES = 16  # clean activations that attributions are taken against
+
+
+@partial(jax.jit, static_argnames="classifier")
+def _gradient(classifier, variables, pixels, labels):
+    """The gradient of the mean cross-entropy with respect to all parameters, BatchNorm in evaluation mode."""
+
+    def loss(params):
+        return cross_entropy(classifier.apply(variables | {"params": params}, pixels).logits, labels).mean()
+
+    return jax.grad(loss)(variables["params"])
+
+
+def _kernels(classifier: Classifier, grads) -> np.ndarray:
+    """The gradients of all convolutions' kernels but the shortcuts', one after the other."""
+    found = []
+    for path in main_path(classifier):
+        leaf = grads
+        for name in path.conv:
+            leaf = leaf[name]
+        found.append(np.asarray(leaf["kernel"], np.float64).ravel())
+    return np.concatenate(found)
+
+
+def main_path(classifier: Classifier) -> list:
+    """The convolutions and their norms in order, without those of shortcuts."""
+    return [pair for pair in classifier.norms if not any("shortcut" in name for name in pair.conv)]
+
+
+def angle(one: np.ndarray, other: np.ndarray) -> float:
+    """The angle between two vectors, 0..180 degrees; 90 where one of them is zero."""
+    size = np.linalg.norm(one) * np.linalg.norm(other)
+    return float(np.degrees(np.arccos(np.clip(one @ other / size, -1, 1)))) if size > 0 else 90.0
+
+
+def orthogonality(
+    classifier: Classifier, variables, clean: ImageSet, triggered: ImageSet, *, batch_size: int = 128
+) -> tuple[float, float]:
+    """The angle in degrees between the clean task's and the backdoor task's gradients: (of their magnitudes, signed).
+
+    `clean` has true labels, `triggered` the attacker's. Mean over distinct batches of `batch_size`, one of each set. The
+    magnitudes are the published code's form: independent gradients give 50 to 70 degrees there, 90 signed.
+    """
+    if not len(clean) or not len(triggered):
+        raise UserError("orthogonality needs clean and triggered images")
+    size = min(batch_size, len(clean), len(triggered))
+    absolute, signed = [], []
+    for begin in range(0, min(len(clean), len(triggered)) - size + 1, size):
+        parts = (part.take(slice(begin, begin + size)) for part in (clean, triggered))
+        one, other = (_kernels(classifier, _gradient(classifier, variables, part.images, part.labels)) for part in parts)
+        absolute.append(angle(np.abs(one), np.abs(other)))
+        signed.append(angle(one, other))
+    return float(np.mean(absolute)), float(np.mean(signed))
+
+
+def with_output(classifier: Classifier, variables, pixels, path: tuple[str, ...], change: Callable) -> jax.Array:
+    """Logits of the network in which the module at `path` gives `change(its output)` instead of its output."""
+
+    def intercept(call, arguments, options, context):
+        given = call(*arguments, **options)
+        return change(given) if context.method_name == "__call__" and context.module.path == path else given
+
+    with nn.intercept_methods(intercept):
+        return classifier.apply(variables, pixels).logits
+
+
+@partial(jax.jit, static_argnames=("classifier", "path"))
+def _attributions(classifier, variables, triggered, baselines, aims, key, *, path):
+    """Expected gradients of the target logit at a layer, [C]: the largest over space, mean over images."""
+
+    def output(pixels):
+        kept = []
+        with_output(classifier, variables, pixels, path, lambda given: (kept.append(given), given)[1])
+        return kept[0].astype(jnp.float32)
+
+    def logit(activation):
+        logits = with_output(classifier, variables, triggered, path, lambda given: activation.astype(given.dtype))
+        return jnp.take_along_axis(logits, aims[:, None], 1).sum()
+
+    reached, start = output(triggered), output(baselines)
+
+    def one(total, number):
+        share = jax.random.uniform(jax.random.fold_in(key, number), (len(triggered), 1, 1, 1))
+        way = reached - start[number]
+        return total + way * jax.grad(logit)(start[number] + share * way), None
+
+    total, _ = jax.lax.scan(one, jnp.zeros_like(reached), jnp.arange(len(baselines)))
+    return (total / len(baselines)).max((1, 2)).mean(0)
+
+
+@partial(jax.jit, static_argnames=("classifier", "path"))
+def _responses(classifier, variables, triggered, aims, mask, weights, *, path):
+    """The target logit of every image [W, N] as the masked channels are turned up by w times their mean activation."""
+
+    def one(weight):
+        def turned_up(given):
+            return given + (weight * given.mean(0, keepdims=True) * mask).astype(given.dtype)
+
+        logits = with_output(classifier, variables, triggered, path, turned_up)
+        return jnp.take_along_axis(logits, aims[:, None], 1)[:, 0]
+
+    return jax.lax.map(one, weights)
+
+
+def straightness(weights: np.ndarray, responses: np.ndarray) -> float:
+    """R^2 of a straight line through each image's responses [W, N], mean over images; those that never change count as 1."""
+    responses = np.asarray(responses, np.float64)
+    centred, spread = responses - responses.mean(0), np.asarray(weights, np.float64) - np.mean(weights)
+    total = (centred**2).sum(0)
+    explained = (spread @ centred) ** 2 / (spread @ spread)
+    return float(np.where(total > 1e-12, explained / np.maximum(total, 1e-12), 1.0).mean())
+
+
+def linearity(
+    key: jax.Array,
+    classifier: Classifier,
+    variables,
+    clean: np.ndarray,
+    triggered: np.ndarray,
+    aims: np.ndarray,
+    *,
+    share: float = 0.03,
+    layers: int = 0,
+) -> dict[str, tuple[float, float]]:
+    """Per normalisation layer, R^2 of the target logit's response: (of the trigger's channels, of as many random ones).
+
+    The trigger's channels are the `share` (at least one) with the largest attribution to the class that `aims` holds. The
+    published code takes SHAP's DeepExplainer and blocks too; this one takes expected gradients against BASELINES clean images,
+    and norms alone. Any smooth response is nearly straight: only what exceeds the random channels means something.
+    `layers` takes the last ones, 0 all.
+    """
+    aims, result = jnp.asarray(aims, jnp.int32), {}
+    weights = jnp.asarray(SWEEP, jnp.float32)
+    for pair in main_path(classifier)[-layers:]:
+        chances = _attributions(classifier, variables, triggered, clean[:BASELINES], aims, key, path=pair.norm)
+        count, width = int(np.ceil(share * len(chances))), len(chances)
+        name = "/".join(pair.norm)
+        drawn = jax.random.permutation(keys.stream(key, name), width)[:count]
+        found = []
+        for chosen in (np.argsort(-np.asarray(chances))[:count], np.asarray(drawn)):
+            mask = np.isin(np.arange(width), chosen).astype(np.float32)
+            answers = _responses(classifier, variables, triggered, aims, mask, weights, path=pair.norm)
+            found.append(straightness(SWEEP, np.asarray(answers)))
+        result[name] = tuple(found)
+    return result
