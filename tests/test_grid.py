@@ -1,0 +1,173 @@
+"""The grid: order, sharing, what is done again, and what becomes of runs that fail or are killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from bibau_jax import grid, records
+from bibau_jax.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+class Script(NamedTuple):
+    """A job that runs some Python instead of an experiment: it leaves a record.json, or fails."""
+
+    name: str
+    code: str = ""
+    reuse: str = ""
+    twin: str = ""
+    needs = grid.Job.needs
+
+    def command(self, workdir: str) -> list[str]:
+        place = Path(workdir) / self.name
+        begin = f"import pathlib, sys, time; p = pathlib.Path({str(place)!r}); p.mkdir(parents=True, exist_ok=True)"
+        end = "(p / 'record.json').write_text('{}'); open(p / 'times', 'a').write('x')"
+        return ["-c", f"{begin}\n{self.code}\n{end}"]
+
+
+def count(workdir, name) -> int:
+    path = Path(workdir) / name / "times"
+    return len(path.read_text()) if path.exists() else 0
+
+
+def test_runs_share_the_twin_of_a_seed_and_variants_the_backdoored_model():
+    jobs = grid.runs(
+        "configs/digits.py", {"badnets": (0, 1), "sig": (1,)}, {"data.flip": False}, {"a": {"defense.ablation": "+A"}}
+    )
+    assert [job.name for job in jobs] == ["badnets_0", "badnets_0_a", "badnets_1", "badnets_1_a", "sig_1", "sig_1_a"]
+    told = {job.name: (job.reuse, job.twin) for job in jobs}
+    assert told["badnets_1"] == ("", "") and told["sig_1"] == ("", "badnets_1")
+    assert told["sig_1_a"] == ("sig_1", "badnets_1") and jobs[-1].needs == {"sig_1", "badnets_1"}
+    assert jobs[-1].command("runs/x") == [
+        "-m",
+        "bibau_jax.main",
+        "--config=configs/digits.py:sig",
+        "--workdir=runs/x/sig_1_a",
+        "--config.data.flip=False",
+        "--config.seed=1",
+        "--config.defense.ablation=+A",
+        "--config.implant.reuse=runs/x/sig_1",
+        "--config.implant.clean_twin=runs/x/badnets_1",
+    ]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "grids").glob("*.py")), ids=lambda path: path.stem)
+def test_the_grids_that_are_shipped_can_be_read(path):
+    jobs = grid.read(str(path))
+    assert jobs and all((ROOT / job.config.partition(":")[0]).exists() for job in jobs)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_every_run_is_made_once_after_those_it_needs(jobs, tmp_path):
+    made = [
+        Script("a", "time.sleep(0.2)"),
+        Script("b", f"assert pathlib.Path({str(tmp_path / 'a' / 'record.json')!r}).exists()", reuse="a"),
+        Script("c"),
+    ]
+    assert grid.run(made, str(tmp_path), grid._Local(jobs)) == []
+    assert grid.done(tmp_path, made) == {"a", "b", "c"}
+    assert grid.run(made, str(tmp_path), grid._Local(jobs)) == []
+    assert [count(tmp_path, job.name) for job in made] == [1, 1, 1]
+
+
+def test_a_run_whose_command_changed_is_made_again_and_no_other(tmp_path):
+    grid.run([Script("a"), Script("b")], str(tmp_path), grid._Local(1))
+    grid.run([Script("a", "pass"), Script("b")], str(tmp_path), grid._Local(1))
+    assert [count(tmp_path, name) for name in "ab"] == [2, 1]
+
+
+def test_a_run_that_fails_stops_only_those_that_need_it_and_is_told_by_its_last_words(tmp_path, capsys):
+    made = [Script("a", "sys.exit('bibau_jax: the disk is full')"), Script("b", reuse="a"), Script("c")]
+    failed = grid.run(made, str(tmp_path), grid._Local(1))
+    assert [(outcome.name, outcome.status, outcome.said) for outcome in failed] == [("a", 1, "bibau_jax: the disk is full")]
+    assert grid.done(tmp_path, made) == {"c"}
+    said = "".join(capsys.readouterr())
+    assert "a failed: bibau_jax: the disk is full" in said and "for want of what they need: b" in said
+
+
+def test_a_run_that_was_killed_is_made_again(tmp_path):
+    flag = tmp_path / "flag"
+    suicide = f"import os, signal\nf = pathlib.Path({str(flag)!r})\nif not f.exists():\n  f.touch(); os.kill(os.getpid(), signal.SIGKILL)"
+    made = [Script("a", suicide), Script("b", reuse="a")]
+    assert [outcome.status for outcome in grid.run(made, str(tmp_path), grid._Local(1))] == [-signal.SIGKILL]
+    assert grid.run(made, str(tmp_path), grid._Local(1)) == []
+    assert [count(tmp_path, name) for name in "ab"] == [1, 1]
+
+
+def test_two_grids_never_work_on_the_same_run_at_once(tmp_path):
+    """The run outlives the grid that started it; the next grid waits for it."""
+    code = "assert not (p / 'busy').exists(); (p / 'busy').touch(); time.sleep(1.5); (p / 'busy').unlink()"
+    command, folder = Script("a", code).command(str(tmp_path)), str(tmp_path / "a")
+    program = f"from bibau_jax import grid; grid.one({command!r}, {folder!r})"
+    first = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
+    while not (tmp_path / "a" / "busy").exists():
+        time.sleep(0.02)
+    first.kill()
+    assert grid.one(command, folder).status == 0
+    assert count(tmp_path, "a") == 2
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", "has no function 'get_grid'"),
+        ("def get_grid(): return 1 / 0", "ZeroDivisionError"),
+        ("from bibau_jax.grid import Job\ndef get_grid(): return [Job('a', 'c'), Job('a', 'c')]", "lists a twice"),
+        ("from bibau_jax.grid import Job\ndef get_grid(): return [Job('a', 'c', reuse='b')]", "a needs b"),
+    ],
+)
+def test_a_grid_file_that_cannot_be_used_is_one_line(text, words, tmp_path, capsys):
+    (tmp_path / "grid.py").write_text(text)
+    assert grid.main([f"--grid={tmp_path / 'grid.py'}", f"--workdir={tmp_path / 'runs'}"]) == 2
+    said = capsys.readouterr().err
+    assert words in said and len(said.splitlines()) == 1 and not (tmp_path / "runs").exists()
+
+
+def test_wrong_flags_are_one_line(tmp_path, capsys):
+    given = [f"--grid={ROOT}/configs/grids/ablation_cpu.py", f"--workdir={tmp_path}"]
+    for flags, words in ((["--jobs=0"], "--jobs=0"), (["--only=zebra"], "no run of the grid begins so")):
+        assert grid.main([*given, *flags]) == 2
+        said = capsys.readouterr().err
+        assert words in said and len(said.splitlines()) == 1
+    with pytest.raises(UserError, match="cannot be read"):
+        grid.read(str(tmp_path / "missing.py"))
+
+
+def test_only_some_runs_bring_those_that_they_need(capsys, tmp_path):
+    given = [f"--grid={ROOT}/configs/grids/ablation_cpu.py", f"--workdir={tmp_path}", "--only=iad_0_a", "--list"]
+    assert grid.main(given) == 0
+    assert capsys.readouterr().out.split() == ["to", "run", "badnets_0", "to", "run", "iad_0", "to", "run", "iad_0_a"]
+
+
+@pytest.mark.slow
+def test_a_grid_that_is_killed_goes_on_without_repeating_or_losing_a_run(tmp_path, tiny_config):
+    """Real runs: SIGKILL to the grid and all it started, in the middle; the same command finishes the rest."""
+    from tests.conftest import SMALL
+
+    settings = SMALL | {"implant.clean_twin": "none", "defense.name": "ft", "implant.epochs": 30, "checkpoint_every": 20}
+    text = f"""
+from bibau_jax import grid
+def get_grid():
+    jobs = grid.runs("configs/digits.py", {{"badnets": (0, 1)}}, {settings!r}, {{"more": {{"defense.epochs": 2}}}})
+    return [job._replace(twin="") for job in jobs]
+"""
+    (tmp_path / "grid.py").write_text(text)
+    line = [sys.executable, "-m", "bibau_jax.grid", f"--grid={tmp_path / 'grid.py'}", f"--workdir={tmp_path / 'runs'}"]
+    first = subprocess.Popen(line, cwd=ROOT, start_new_session=True)
+    while not list(tmp_path.glob("runs/badnets_1/implant/checkpoints/*/manifest.json")):
+        time.sleep(0.05)
+        assert first.poll() is None
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert subprocess.run(line, cwd=ROOT).returncode == 0
+    told = records.read_lines(tmp_path / "runs" / grid.LOG)
+    assert sorted(entry["name"] for entry in told) == ["badnets_0", "badnets_0_more", "badnets_1", "badnets_1_more"]
+    assert all(records.read(tmp_path / "runs" / entry["name"] / "record.json").metrics for entry in told)
+    assert not (tmp_path / "runs" / "badnets_1_more" / "implant").exists()  # shared, not trained again
