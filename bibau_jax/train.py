@@ -307,8 +307,9 @@ def _is_finite(tree):
 
 
 @partial(jax.jit, static_argnums=0)
-def _logits(classifier, variables, pixels):
-    return classifier.apply(variables, parallel.shard(pixels)).logits
+def _outputs(classifier, variables, pixels):
+    outputs = classifier.apply(variables, parallel.shard(pixels))
+    return {"logits": outputs.logits, "features": outputs.features}
 
 
 def predict(classifier: Classifier, variables, images, batch_size: int = 500) -> np.ndarray:
@@ -318,6 +319,15 @@ def predict(classifier: Classifier, variables, images, batch_size: int = 500) ->
 
 def logits(classifier: Classifier, variables, images, batch_size: int = 500) -> np.ndarray:
     """The logits of every image (uint8 or float 0..255, [N, H, W, C]), float32 [N, classes], in evaluation mode."""
+    return _in_batches(classifier, variables, images, batch_size, "logits")
+
+
+def features(classifier: Classifier, variables, images, batch_size: int = 500) -> np.ndarray:
+    """The features of every image that the linear head is given, float32 [N, D], in evaluation mode."""
+    return _in_batches(classifier, variables, images, batch_size, "features")
+
+
+def _in_batches(classifier, variables, images, batch_size, wanted) -> np.ndarray:
     variables = parallel.replicate(variables)
     batch_size = parallel.padded(min(batch_size, len(images)))
     found = []
@@ -326,7 +336,8 @@ def logits(classifier: Classifier, variables, images, batch_size: int = 500) -> 
         short = batch_size - len(part)
         # Every call has one shape, so that it compiles once; the padding is cut off again.
         part = np.concatenate([part, np.zeros((short, *part.shape[1:]), part.dtype)]) if short else part
-        found.append(parallel.gather(_logits(classifier, variables, parallel.replicate(part)))[: batch_size - short])
+        made = _outputs(classifier, variables, parallel.replicate(part))[wanted]
+        found.append(parallel.gather(made)[: batch_size - short])
     return np.concatenate(found)
 
 

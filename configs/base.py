@@ -102,7 +102,7 @@ def get_config() -> ConfigDict:
 def reactivate() -> ConfigDict:
     """Settings of the checks that tell a backdoor that is gone from one that is hidden."""
     config = ConfigDict()
-    # retuning, query, bec, orthogonality; or also universal (white-box), square (outputs alone), linearity
+    # Or also universal (white-box), square (outputs alone), linearity, path (to the backdoored weights), features (for t-SNE).
     config.checks = "retuning,query,bec,orthogonality"
     config.test_size = 0  # test images that success is counted on; 0 for all
 
@@ -137,6 +137,8 @@ def reactivate() -> ConfigDict:
     config.bec.centre = 0.5
     config.orthogonality = ConfigDict({"images": 512})  # of each kind, in batches of 128
     config.linearity = ConfigDict({"images": 64})
+    config.path = ConfigDict({"points": 11})
+    config.features = ConfigDict({"images": 300})
     return config
 
 

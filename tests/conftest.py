@@ -56,6 +56,8 @@ SMALL = {
     "reactivate.square.queries": 3,
     "reactivate.orthogonality.images": 20,
     "reactivate.linearity.images": 8,
+    "reactivate.path.points": 3,
+    "reactivate.features.images": 30,
     "checkpoint_every": 2,
 }
 

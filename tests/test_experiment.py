@@ -118,7 +118,7 @@ def test_the_twin_is_trained_on_the_same_images_in_the_same_order_without_poison
 
 # --- whether it is gone
 
-EVERY_CHECK = "retuning,query,bec,orthogonality,universal,square,linearity"
+EVERY_CHECK = "retuning,query,bec,orthogonality,universal,square,linearity,path,features"
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def attacked(tiny_config, tmp_path_factory):
 
 
 def test_every_check_leaves_its_numbers_with_every_model_it_is_made_of(attacked):
-    _, _, record = attacked
+    _, folder, record = attacked
     numbers = {"r_asr", "r_ca", "q_asr", "q_clean", "q_twin", "q_twin_clean", "u_asr", "u_clean", "s_asr", "s_clean"}
     geometry = {"bec", "bec_squashed", "orthogonality", "orthogonality_signed", "linearity", "linearity_random"}
     for name in ("purified", "clean", "ibu"):
@@ -139,6 +139,13 @@ def test_every_check_leaves_its_numbers_with_every_model_it_is_made_of(attacked)
         assert all(0 <= extra[number] <= 100 for number in numbers)
         assert len(extra["r_asr_each"]) == 2 and np.mean(extra["r_asr_each"]) == pytest.approx(extra["r_asr"])
         assert extra["r_poisoned"] == 5 and extra["s_queries"] <= 3
+        assert [len(extra[name]) for name in ("path", "path_asr", "path_ca", "path_asr_recalibrated")] == [3] * 4
+    for row in ("ft", "ibu", "clean", "none"):
+        with np.load(folder / "reactivate" / row / "features.npz") as saved:
+            assert [len(saved[name]) for name in ("clean", "triggered", "labels")] == [30] * 3 and 1 <= len(
+                saved["target"]
+            ) <= 10
+            assert saved["clean"].shape[1] == saved["triggered"].shape[1] == 4
     undefended = record.metrics["backdoored"].extra
     assert geometry <= undefended.keys() and not numbers & undefended.keys()
     assert undefended["bec"] == pytest.approx(1, abs=1e-5)

@@ -94,7 +94,8 @@ def test_a_run_that_fails_stops_only_those_that_need_it_and_is_told_by_its_last_
 
 def test_a_run_that_was_killed_is_made_again(tmp_path):
     flag = tmp_path / "flag"
-    suicide = f"import os, signal\nf = pathlib.Path({str(flag)!r})\nif not f.exists():\n  f.touch(); os.kill(os.getpid(), signal.SIGKILL)"
+    once = f"f = pathlib.Path({str(flag)!r})\nif not f.exists():\n  f.touch(); os.kill(os.getpid(), signal.SIGKILL)"
+    suicide = f"import os, signal\n{once}"
     made = [Script("a", suicide), Script("b", reuse="a")]
     assert [outcome.status for outcome in grid.run(made, str(tmp_path), grid._Local(1))] == [-signal.SIGKILL]
     assert grid.run(made, str(tmp_path), grid._Local(1)) == []

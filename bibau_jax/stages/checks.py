@@ -13,8 +13,8 @@ from bibau_jax.data import ImageSet
 from bibau_jax.errors import UserError
 from bibau_jax.metrics import bec, rates
 from bibau_jax.reactivation import query, retuning, universal
-from bibau_jax.run import Run, attack_as_trained, load_model
-from bibau_jax.theory import orthogonality
+from bibau_jax.run import Run, attack_as_trained, load_model, write_arrays
+from bibau_jax.theory import orthogonality, path
 
 BEC_IMAGES = 500  # triggered images that CKA compares, as in the authors' code
 
@@ -266,3 +266,31 @@ def straightness(scene: Scene, row: str) -> dict:
     means = np.mean(list(found.values()), axis=0)
     layers = {name: list(pair) for name, pair in found.items()}
     return {"linearity": float(means[0]), "linearity_random": float(means[1]), "linearity_layers": layers}
+
+
+def weight_path(scene: Scene, row: str) -> dict:
+    """ASR and clean accuracy on the straight line from this model to the backdoored one, with and without new statistics."""
+    shares = np.linspace(0, 1, scene.this.config["reactivate"]["path"]["points"])
+    found = {"path": shares.tolist(), "path_asr": [], "path_ca": [], "path_asr_recalibrated": []}
+    for share in shares:
+        variables = path.between(scene.models[row], scene.models["none"], float(share))
+        found["path_asr"].append(_success(scene, variables, scene.triggered))
+        found["path_ca"].append(_accuracy(scene, variables))
+        fresh = path.recalibrated(scene.this.classifier, variables, scene.this.splits.clean.images)
+        found["path_asr_recalibrated"].append(_success(scene, fresh, scene.triggered))
+    return found
+
+
+def features(scene: Scene, row: str) -> dict:
+    """Saves what the network makes of some images, clean ones, the target's and triggered ones: <row>/features.npz."""
+    count = scene.this.config["reactivate"]["features"]["images"]
+    ours = np.flatnonzero(scene.aims != scene.test.labels)
+    target = np.flatnonzero(np.isin(scene.test.labels, np.unique(scene.aims[ours])))
+    kinds = {
+        "clean": scene.test.images[ours[:count]],
+        "target": scene.test.images[target[: count // 3]],
+        "triggered": scene.triggered[ours[:count]],
+    }
+    saved = {kind: train.features(scene.this.classifier, scene.models[row], images) for kind, images in kinds.items()}
+    write_arrays(scene.this.folder / "reactivate" / row / "features.npz", saved | {"labels": scene.test.labels[ours[:count]]})
+    return {"features_images": sum(map(len, saved.values()))}

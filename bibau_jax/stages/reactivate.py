@@ -90,6 +90,8 @@ CHECKS = {
     "bec": Check(checks.backdoor_existence, "bec", twin=True, backdoored=True),
     "orthogonality": Check(checks.gradient_angles, "orthogonality", backdoored=True),
     "linearity": Check(checks.straightness, "linearity", backdoored=True),
+    "path": Check(checks.weight_path, "path"),
+    "features": Check(checks.features, "features_images", backdoored=True),
 }
 
 
