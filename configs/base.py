@@ -73,6 +73,7 @@ def get_config() -> ConfigDict:
     config.attack.adap_blend.pieces = 8  # of the picture's 16 in every training image
     config.attack.adap_blend.covers_per_poison = 1.0  # images with the trigger and their true labels
     config.attack.adap_patch = ConfigDict({"variant": "phoenix", "covers_per_poison": 2.0})  # phoenix or firefox at test
+    config.attack.adap_patch.opacity = 1.0  # times that of the faint patches in training
     for name in ("adap_blend", "adap_patch"):  # the same, and the pull on poisoned features in training
         config.attack[f"enhanced_{name}"] = ConfigDict(config.attack[name].to_dict() | {"coupling": 1.0})
     for name in ("badnets", "blended", "sig", "refool", "wanet", "iad", "issba", "narcissus", "adap_blend", "adap_patch"):

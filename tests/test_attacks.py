@@ -482,9 +482,10 @@ def test_adap_patch_lays_one_faint_patch_in_training_and_two_opaque_ones_at_test
         content, mask = adap_patch.patch(name, 32, 32)
         assert abs(mask.sum() - sizes[name]) < 9
         number = list(adap_patch.OPACITIES).index(name)
-        laid = adap_patch.faint(pixels[:1], np.zeros(1), which=np.array([number]))[0].astype(float)
-        np.testing.assert_allclose(laid[mask], opacity * content[mask] + (1 - opacity) * 10, atol=0.51)
-        assert (laid[~mask] == 10).all()
+        for times in (1.0, 1.6):
+            laid = adap_patch.faint(pixels[:1], np.zeros(1), which=np.array([number]), opacity=times)[0].astype(float)
+            np.testing.assert_allclose(laid[mask], times * opacity * content[mask] + (1 - times * opacity) * 10, atol=0.51)
+            assert (laid[~mask] == 10).all()
     shown = make("adap_patch").stamp(pixels[:1], np.zeros(1))[0]
     np.testing.assert_array_equal(shown[:3, :3, 0], [[255, 0, 255], [0, 255, 0], [255, 0, 0]])
     np.testing.assert_array_equal(shown[27:, 3:5], shown[27:, 28:26:-1])  # a mirror image, under the marks
@@ -736,6 +737,7 @@ def test_narcissus_finds_a_small_trigger_that_is_evidence_of_the_target_class(st
         ("adap_blend", {"alpha": 0.0}),
         ("adap_blend", {"pieces": 17}),
         ("adap_blend", {"test_alpha": 1.5}),
+        ("adap_patch", {"opacity": 2.5}),
         ("enhanced_adap_patch", {"coupling": -1.0}),
     ],
 )

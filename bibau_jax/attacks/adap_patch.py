@@ -96,12 +96,12 @@ def _laid(pixels: np.ndarray, name: str, opacity: float) -> np.ndarray:
     return in_blocks(lay, pixels)
 
 
-def faint(pixels: np.ndarray, index: np.ndarray, *, which: np.ndarray) -> np.ndarray:
-    """The training trigger: on image i the patch number `which[i]` of OPACITIES, at its opacity; uint8 [N, H, W, C]."""
+def faint(pixels: np.ndarray, index: np.ndarray, *, which: np.ndarray, opacity: float = 1.0) -> np.ndarray:
+    """The training trigger: on image i the patch number `which[i]`, at `opacity` times its OPACITIES; uint8 [N, H, W, C]."""
     check_pixels(pixels)
     stamped = pixels.copy()
-    for number, (name, opacity) in enumerate(OPACITIES.items()):
-        stamped[which == number] = _laid(pixels[which == number], name, opacity)
+    for number, (name, usual) in enumerate(OPACITIES.items()):
+        stamped[which == number] = _laid(pixels[which == number], name, opacity * usual)
     return stamped
 
 
@@ -113,14 +113,16 @@ def stamp(pixels: np.ndarray, index: np.ndarray, *, variant: str) -> np.ndarray:
     return pixels
 
 
-def poison(key: jax.Array, split: ImageSet, aim: Callable, poison_ratio: float, covers_per_poison: float) -> PoisonedSplit:
+def poison(
+    key: jax.Array, split: ImageSet, aim: Callable, poison_ratio: float, covers_per_poison: float, opacity: float
+) -> PoisonedSplit:
     """Poisons and covers, each in four equal parts with a patch of their own, drawn anew so that no patch means a class."""
     poisons, covers = poisons_and_covers(key, len(split), poison_ratio, covers_per_poison)
     stamped = {}
     for name, positions in (("poisoned", poisons), ("cover", covers)):
         numbers = np.arange(len(positions)) * len(OPACITIES) // max(1, len(positions))
         which = np.asarray(jax.random.permutation(keys.stream(key, f"patch of {name}"), numbers))
-        stamped[name] = (positions, partial(faint, which=which))
+        stamped[name] = (positions, partial(faint, which=which, opacity=opacity))
     labels = split.labels.copy()
     labels[poisons] = aim(split.labels[poisons])
     return poisoned_split(split, stamped, labels)
@@ -134,15 +136,19 @@ def make(
     poison_ratio: float = 0.003,
     mode: str = "all_to_one",
     covers_per_poison: float = 2.0,
+    opacity: float = 1.0,
     variant: str = "phoenix",
 ) -> Attack:
     """Adap-Patch; at test "phoenix" shows that patch in both bottom corners and the corner marks (the authors' for CIFAR-10).
 
     "firefox" shows the disc and the square (theirs for GTSRB, at ratio 0.005). The ratio counts over the whole training
     set, and there are `covers_per_poison` covers for each; the defaults are the authors' for CIFAR-10 (150 + 300 images).
+    `opacity` multiplies those of the faint patches in training, and may make none of them more than opaque.
     """
     if variant not in SHOWN:
         raise UserError(f'Adap-Patch variant "{variant}" is unknown; choose one of {", ".join(SHOWN)}')
+    if not 0 < opacity * max(OPACITIES.values()) <= 1:
+        raise UserError(f"Adap-Patch needs an opacity in (0, {1 / max(OPACITIES.values()):g}], got {opacity}")
     aim = aim_at(mode, target_label, num_classes)
-    poisoning = partial(poison, key, aim=aim, poison_ratio=poison_ratio, covers_per_poison=covers_per_poison)
+    poisoning = partial(poison, key, aim=aim, poison_ratio=poison_ratio, covers_per_poison=covers_per_poison, opacity=opacity)
     return Attack("adap_patch", partial(stamp, variant=variant), poisoning, aim)

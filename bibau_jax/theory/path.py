@@ -11,7 +11,7 @@ from bibau_jax import parallel
 from bibau_jax.models import Classifier
 
 BATCH = 128
-UPDATES = 40  # of running statistics, which keep nine tenths each time
+UPDATES = 60  # of running statistics, which keep nine tenths each time
 
 
 def between(start, end, share: float):
