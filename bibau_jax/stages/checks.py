@@ -125,6 +125,12 @@ def pairs(this: Run, attack: Attack, count: int) -> tuple[ImageSet, ImageSet]:
     return images.take(order[:count]), images.take(attackable(attack, images, order[count:])[:count])
 
 
+def aimed_pairs(scene: Scene, count: int) -> tuple[ImageSet, ImageSet]:
+    """The same `pairs`, the triggered ones under the attacker's labels."""
+    clean, others = pairs(scene.this, scene.attack, count)
+    return clean, stamped(scene.attack, others, scene.attack.aim(others.labels))
+
+
 # --- the checks
 
 
@@ -196,18 +202,10 @@ def query_attack(scene: Scene, row: str) -> dict:
 def universal_attack(scene: Scene, row: str) -> dict:
     """U-ASR: one perturbation on top of the trigger, with gradients; beside it the same one on clean images."""
     section = dict(scene.this.config["reactivate"]["universal"])
-    _, others = pairs(scene.this, scene.attack, section.pop("images"))
-    told = stamped(scene.attack, others, others.labels)
-    journal = _journal(scene, row, "universal")
-    delta, _ = universal.white_box(
-        keys.stream(scene.this.key, "universal"),
-        scene.this.classifier,
-        scene.models[row],
-        told.images,
-        scene.attack.aim(told.labels),
-        journal=journal,
-        **section,
-    )
+    _, told = aimed_pairs(scene, section.pop("images"))
+    key, journal = keys.stream(scene.this.key, "universal"), _journal(scene, row, "universal")
+    given = (scene.this.classifier, scene.models[row], told.images, told.labels)
+    delta, _ = universal.white_box(key, *given, journal=journal, **section)
     journal.keeper.clear()
     return {f"u_{kind}": value for kind, value in _added(scene, row, delta).items()}
 
@@ -215,17 +213,10 @@ def universal_attack(scene: Scene, row: str) -> dict:
 def square_attack(scene: Scene, row: str) -> dict:
     """S-ASR: the same by Square Attack, which only asks for outputs."""
     section = dict(scene.this.config["reactivate"]["square"])
-    _, others = pairs(scene.this, scene.attack, section.pop("images"))
-    told = stamped(scene.attack, others, others.labels)
-    found, asked = universal.square(
-        keys.stream(scene.this.key, "square"),
-        scene.this.classifier,
-        scene.models[row],
-        told.images,
-        scene.attack.aim(told.labels),
-        **section,
-    )
-    return {f"s_{kind}": value for kind, value in _added(scene, row, found).items()} | {"s_queries": asked}
+    _, told = aimed_pairs(scene, section.pop("images"))
+    given = (scene.this.classifier, scene.models[row], told.images, told.labels)
+    delta, asked = universal.square(keys.stream(scene.this.key, "square"), *given, **section)
+    return {f"s_{kind}": value for kind, value in _added(scene, row, delta).items()} | {"s_queries": asked}
 
 
 def _added(scene: Scene, row: str, delta: np.ndarray) -> dict[str, float]:
@@ -244,25 +235,16 @@ def backdoor_existence(scene: Scene, row: str) -> dict:
 
 def gradient_angles(scene: Scene, row: str) -> dict:
     """The angle between the gradients of the clean and the backdoor task."""
-    count = scene.this.config["reactivate"]["orthogonality"]["images"]
-    clean, others = pairs(scene.this, scene.attack, count)
-    told = stamped(scene.attack, others, scene.attack.aim(others.labels))
+    clean, told = aimed_pairs(scene, scene.this.config["reactivate"]["orthogonality"]["images"])
     absolute, signed = orthogonality.orthogonality(scene.this.classifier, scene.models[row], clean, told)
     return {"orthogonality": absolute, "orthogonality_signed": signed}
 
 
 def straightness(scene: Scene, row: str) -> dict:
     """How straight the target's logit answers its channels, beside random channels."""
-    clean, others = pairs(scene.this, scene.attack, scene.this.config["reactivate"]["linearity"]["images"])
-    told = stamped(scene.attack, others, scene.attack.aim(others.labels))
-    found = orthogonality.linearity(
-        keys.stream(scene.this.key, "linearity"),
-        scene.this.classifier,
-        scene.models[row],
-        clean.images,
-        told.images,
-        told.labels,
-    )
+    clean, told = aimed_pairs(scene, scene.this.config["reactivate"]["linearity"]["images"])
+    given = (scene.this.classifier, scene.models[row], clean.images, told.images, told.labels)
+    found = orthogonality.linearity(keys.stream(scene.this.key, "linearity"), *given)
     means = np.mean(list(found.values()), axis=0)
     layers = {name: list(pair) for name, pair in found.items()}
     return {"linearity": float(means[0]), "linearity_random": float(means[1]), "linearity_layers": layers}
