@@ -143,7 +143,7 @@ def _table(record) -> str:
     for measured in tables.in_order(record.metrics.values()):
         spent, main = words.cost(record, measured), measured is words.purified(record)
         cells = "".join(map(_counted, (measured.ca, measured.asr, measured.robust_accuracy)))
-        cells += "".join(f"<td>{words.short(measured.extra.get(name))}</td>" for name in more)
+        cells += "".join(f"<td>{words.further_value(name, measured.extra.get(name))}</td>" for name in more)
         cells += f"<td>{words.duration(measured.seconds)}</td>"
         cells += f"<td>{words.number(spent.peak_memory_mb if spent else None, 0)}</td>"
         tone = "is-main" if main else UNCLASSED.get(measured.defense, "")

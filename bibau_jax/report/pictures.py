@@ -71,24 +71,25 @@ def scatter(rows, path: Path) -> Path | None:
 def bec_layers(found: dict, path: Path) -> Path | None:
     """BEC of every layer as bars, one panel a defence, mean over runs. None where no record has it."""
     told: dict[str, list[dict]] = {}
+    every: dict[str, None] = {}
     for record in found.values():
         for measured in record.metrics.values():
             layers = measured.extra.get("bec_layers")
             if isinstance(layers, dict) and measured.defense not in ("none", "clean"):
                 told.setdefault(measured.defense, []).append(layers)
+                every |= dict.fromkeys([*measured.extra.get("bec_similarity", {}), *layers])  # in the network's order
     if not told:
         return None
     names = sorted(told, key=lambda name: words.order(words.DEFENSES, name))
-    layers = list(dict.fromkeys(layer for one in told[names[0]] for layer in one))
+    layers = [name for name in every if any(name in one for found in told.values() for one in found)]
     plt = _plt()
-    figure, axes = plt.subplots(
-        1, len(names), figsize=(2.3 * len(names) + 1.2, 0.3 * len(layers) + 1.2), sharey=True, squeeze=False
-    )
+    shape = {"figsize": (2.3 * len(names) + 1.2, 0.3 * len(layers) + 1.3), "sharex": True, "sharey": True, "squeeze": False}
+    figure, axes = plt.subplots(1, len(names), layout="constrained", **shape)
     for axis, name in zip(axes[0], names, strict=True):
         means = [np.mean([one[layer] for one in told[name] if layer in one] or [np.nan]) for layer in layers]
         axis.barh(range(len(layers)), means, color=colour(name, _unknown(names)), height=0.65)
         axis.axvline(1, color="#1c1d1f", linewidth=0.8, linestyle=":")
-        axis.set(title=words.defense(name), xlim=(min(0, np.nanmin(means)), max(1.05, np.nanmax(means))))
+        axis.set(title=words.defense(name), xlim=(-1, 1.1))  # adversarial training may go far below: unlike both ends
         axis.set_yticks(range(len(layers)), layers)
     axes[0][0].invert_yaxis()
     figure.supxlabel("BEC: 0 as the clean twin, 1 as the backdoored model", fontsize=9)
@@ -153,7 +154,7 @@ def embeddings(folder: Path, record, path: Path) -> Path | None:
     if "none" not in rows or len(rows) < 2:
         return None
     plt = _plt()
-    figure, axes = plt.subplots(1, len(rows), figsize=(2.9 * len(rows), 3.3), squeeze=False)
+    figure, axes = plt.subplots(1, len(rows), figsize=(2.9 * len(rows), 3.6), squeeze=False, layout="constrained")
     for axis, name in zip(axes[0], rows, strict=True):
         with np.load(folder / "reactivate" / name / "features.npz") as saved:
             parts = {kind: saved[kind] for kind in KINDS}
@@ -165,7 +166,7 @@ def embeddings(folder: Path, record, path: Path) -> Path | None:
             axis.scatter(part[:, 0], part[:, 1], s=11, c=tone, marker=mark, linewidths=0.8, alpha=0.8, label=label)
             begin += len(part)
         axis.set(title="Before: backdoored" if name == "none" else words.defense(name), xticks=[], yticks=[])
-    axes[0][0].legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.02), ncol=3, fontsize=9)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), frameon=False, loc="outside lower left", ncol=3, fontsize=9)
     attack = words.attack(record.config["attack"]["name"])
-    figure.suptitle(f"{attack}: features of clean and triggered images", x=0.01, ha="left", fontsize=11)
+    figure.suptitle(f"{attack}: features of clean and triggered images (t-SNE, each model by itself)", fontsize=11)
     return _save(figure, path)

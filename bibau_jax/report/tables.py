@@ -42,7 +42,7 @@ def terminal(record) -> Table:
         rates = (words.number(words.rate(getattr(measured, name))) for name in RATES)
         spent = words.cost(record, measured)
         memory = words.number(spent.peak_memory_mb if spent else None, 0)
-        extra = (words.short(measured.extra.get(name)) for name in more)
+        extra = (words.further_value(name, measured.extra.get(name)) for name in more)
         table.add_row(words.defense(measured.defense), *rates, *extra, words.number(measured.seconds), memory)
     return table
 

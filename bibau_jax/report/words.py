@@ -98,6 +98,11 @@ def rate(value) -> float | None:
     return value.percent if value is not None and value.count else None
 
 
+def further_value(name: str, value) -> str:
+    """A further measurement to a fixed number of digits: percent to one, BEC (about 0 to 1) to two."""
+    return number(value, 2 if name.startswith("bec") else 1)
+
+
 def duration(seconds) -> str:
     """`61.2 s`, `12 min 05 s` or `3 h 20 min`; a dash for what is not there."""
     if not is_number(seconds):
