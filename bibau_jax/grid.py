@@ -15,6 +15,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from concurrent import futures
@@ -80,14 +81,18 @@ def runs(
 def read(path: str) -> list[Job]:
     """The jobs that a grid file's `get_grid()` lists; UserError where it cannot be read or names are wrong."""
     try:
-        jobs = runpy.run_path(path)["get_grid"]()
+        listed = runpy.run_path(path)
+        if "get_grid" not in listed:
+            raise UserError(f"{path} has no function get_grid")
+        jobs = list(listed["get_grid"]())
+        names = [job.name for job in jobs]
+        [(job.needs, job.command) for job in jobs]
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except KeyError as error:
-        raise UserError(f"{path} has no function {error}") from error
+    except UserError:
+        raise
     except Exception as error:  # anything can go wrong in a file of the user's
         raise UserError(f"{path} cannot be used as a grid: {type(error).__name__}: {error}") from error
-    names = [job.name for job in jobs]
     for job in jobs:
         if names.count(job.name) > 1:
             raise UserError(f"{path} lists {job.name} twice")
@@ -126,6 +131,8 @@ def one(command: list[str], folder: str, cores: tuple[int, ...] = ()) -> Outcome
         os.sched_setaffinity(0, cores)  # of this thread, and of the process that it starts
     with open(path.with_name(path.name + ".lock"), "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # held by the run itself, should this process be killed
+        if _stopping.is_set():
+            return Outcome(path.name, -signal.SIGTERM, 0.0, "not begun")
         with open(path.with_name(path.name + ".log"), "a") as log:
             running = subprocess.Popen(
                 [sys.executable, *command], stdout=log, stderr=subprocess.STDOUT, pass_fds=(lock.fileno(),)
@@ -140,6 +147,7 @@ def one(command: list[str], folder: str, cores: tuple[int, ...] = ()) -> Outcome
 
 
 _running: set[subprocess.Popen] = set()
+_stopping = threading.Event()
 
 
 class _Local:
@@ -243,6 +251,10 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         sys.stderr.write(f"bibau_jax: {' '.join(str(error).split())}\n")
         return 2
+    except OSError as error:
+        _stop()
+        sys.stderr.write(f"bibau_jax: cannot write {error.filename or given.workdir}: {error.strerror}\n")
+        return 2
     except KeyboardInterrupt:
         _stop()
         sys.stderr.write("bibau_jax: interrupted; the same command goes on where the runs were\n")
@@ -262,7 +274,8 @@ def _only(jobs: list[Job], prefix: str) -> list[Job]:
 
 
 def _stop() -> None:
-    """Ends the runs in progress, which save nothing new but keep their last checkpoint."""
+    """Ends the runs in progress, which save nothing new but keep their last checkpoint, and begins no other."""
+    _stopping.set()
     for running in list(_running):
         with contextlib.suppress(ProcessLookupError):
             running.terminate()

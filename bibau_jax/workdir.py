@@ -14,9 +14,16 @@ ADDABLE = ("defense.beside", "implant.reuse", "implant.clean_twin", "reactivate.
 LATER = {"defense": "purify", "reactivate": "reactivate"}  # sections of the config, and the folder that settles them
 
 
+def told_apart_by(config: dict) -> dict:
+    """The config without the sections of attacks that it does not run: changing their settings changes nothing here."""
+    attack = config.get("attack", {})
+    others = [name for name, value in attack.items() if isinstance(value, dict) and name != attack.get("name")]
+    return config | {"attack": {name: value for name, value in attack.items() if name not in others}}
+
+
 def differences(old: dict, new: dict, ignore=(*FREE, *ADDABLE)) -> list[str]:
     """What differs between two nested configs, as "name: old -> new", apart from the names (and sections) to ignore."""
-    before, after = flat(old), flat(new)
+    before, after = flat(told_apart_by(old)), flat(told_apart_by(new))
     names = sorted(before.keys() | after.keys())
     changed = [name for name in names if before.get(name) != after.get(name)]
     return [

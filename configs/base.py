@@ -103,8 +103,8 @@ def get_config() -> ConfigDict:
 def reactivate() -> ConfigDict:
     """Settings of the checks that tell a backdoor that is gone from one that is hidden."""
     config = ConfigDict()
-    # Or also universal (white-box), square (outputs alone), linearity, path (to the backdoored weights), features (for t-SNE).
-    config.checks = "retuning,query,bec,orthogonality"
+    # Or also universal (white-box), square (outputs alone), path (to the backdoored weights), features (for t-SNE).
+    config.checks = "retuning,query,bec,orthogonality,linearity"
     config.test_size = 0  # test images that success is counted on; 0 for all
 
     config.retuning = ConfigDict()
@@ -138,7 +138,7 @@ def reactivate() -> ConfigDict:
     config.bec.centre = 0.5
     config.orthogonality = ConfigDict({"images": 512})  # of each kind, in batches of 128
     config.linearity = ConfigDict({"images": 64})
-    config.path = ConfigDict({"points": 11})
+    config.path = ConfigDict({"points": 6})
     config.features = ConfigDict({"images": 300})
     return config
 
@@ -155,6 +155,8 @@ def defense() -> ConfigDict:
     config.momentum = 0.9
     config.weight_decay = 5e-4
     config.max_grad_norm = 5.0  # BI-BAU clips the gradient's global norm at this; 0 for never
+
+    config.ibu = ConfigDict({"lambda_clean": 1.0, "lambda_backdoor": 1.0})  # lambda_c, lambda_b; lost in the paper's text
 
     # BI-BAU; base_at shares the perturbation
     config.target_label = 0  # the class that bibau_t takes for the attacker's

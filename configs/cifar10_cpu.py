@@ -30,7 +30,7 @@ def get_config(attack: str = "badnets"):
     config.attack.narcissus.poison_ratio = 0.005
     for name in ("adap_blend", "enhanced_adap_blend"):
         config.attack[name].poison_ratio = 0.05
-    # Small faint patches in corners that crops cut off are not learned in so few steps: 17 % ASR with as many covers as poisons.
+    # Small faint patches in corners that crops cut off are not learned in so few steps: 17 % ASR, one cover a poison.
     for name in ("adap_patch", "enhanced_adap_patch"):
         config.attack[name].poison_ratio = 0.1
         config.attack[name].covers_per_poison = 0.25

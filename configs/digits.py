@@ -47,6 +47,7 @@ def get_config(attack: str = "badnets"):
     config.implant.epochs = 20
     config.implant.batch_size = 64
     config.implant.schedule = "one_cycle"
+    config.reactivate.checks = "retuning,query,bec,orthogonality"
     config.reactivate.retuning.images = 512
     config.reactivate.query.images = 250
     config.reactivate.query.epochs = 30

@@ -200,6 +200,23 @@ def test_an_attack_that_was_cut_off_goes_on_where_it_was(attacked, tmp_path, mon
             assert last.metrics[name].extra[number] == record.metrics[name].extra[number]
 
 
+def test_what_is_known_of_a_shared_model_and_twin_is_taken_over(attacked, tiny_config, tmp_path):
+    config, folder, record = attacked
+    changes = workdir.flat(config) | {"implant.reuse": str(folder), "implant.clean_twin": str(folder), "defense.beside": ""}
+    last = experiment.run(tiny_config(changes | {"defense.epochs": 2}), str(tmp_path / "run"))
+    for name in ("clean", "backdoored"):
+        assert last.metrics[name].extra == record.metrics[name].extra
+        assert f"reactivate/{last.metrics[name].defense}" not in last.stages
+    assert last.metrics["purified"].extra["r_asr_each"] and "reactivate/ft" in last.stages
+
+
+def test_a_run_does_not_mind_other_settings_of_attacks_that_are_not_its_own(copy, tiny_config):
+    _, folder, record = copy
+    assert experiment.run(tiny_config(WITH_ALL | {"attack.wanet.strength": 3.0}), str(folder)).metrics == record.metrics
+    with pytest.raises(UserError, match="attack.badnets.size"):
+        experiment.run(tiny_config(WITH_ALL | {"attack.badnets.size": 2}), str(folder))
+
+
 def test_a_model_that_was_purified_anew_is_attacked_anew(attacked, tmp_path):
     config, folder, _ = attacked
     shutil.copytree(folder, tmp_path / "run")
@@ -230,6 +247,9 @@ def test_without_a_clean_twin_the_checks_that_need_one_are_left_out_and_said_so(
         ({"reactivate.checks": "retuning", "reactivate.retuning.poisoned": 40}, "needs more than 40 images in all"),
         ({"reactivate.checks": "query", "reactivate.query.epsilon": -1.0}, "reactivate.query.epsilon must be positive"),
         ({"reactivate.checks": "query", "reactivate.query.gradient": "x"}, "reactivate.query.gradient must be one of"),
+        ({"reactivate.checks": "query", "reactivate.query.epsilon": 300.0}, "reactivate.query.epsilon must be at most 255"),
+        ({"reactivate.checks": "query", "reactivate.retuning.images": 0}, "reactivate.retuning.images must be positive"),
+        ({"reactivate.checks": "bec", "reactivate.bec.share": 3.0}, "reactivate.bec.share must be at most 1"),
         ({"reactivate.test_size": -1}, "reactivate.test_size must not be negative"),
         ({"defense.name": "ibu"}, "sees the trigger and is no defence"),
     ],

@@ -118,7 +118,10 @@ def test_two_grids_never_work_on_the_same_run_at_once(tmp_path):
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("", "has no function 'get_grid'"),
+        ("", "has no function get_grid"),
+        ("def get_grid(): pass", "cannot be used as a grid: TypeError"),
+        ("def get_grid(): return [{}]", "cannot be used as a grid: AttributeError"),
+        ("def get_grid(): return {}['x']", "cannot be used as a grid: KeyError"),
         ("def get_grid(): return 1 / 0", "ZeroDivisionError"),
         ("from bibau_jax.grid import Job\ndef get_grid(): return [Job('a', 'c'), Job('a', 'c')]", "lists a twice"),
         ("from bibau_jax.grid import Job\ndef get_grid(): return [Job('a', 'c', reuse='b')]", "a needs b"),
@@ -145,6 +148,47 @@ def test_only_some_runs_bring_those_that_they_need(capsys, tmp_path):
     given = [f"--grid={ROOT}/configs/grids/ablation_cpu.py", f"--workdir={tmp_path}", "--only=iad_0_a", "--list"]
     assert grid.main(given) == 0
     assert capsys.readouterr().out.split() == ["to", "run", "badnets_0", "to", "run", "iad_0", "to", "run", "iad_0_a"]
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from bibau_jax import grid
+
+class Script(NamedTuple):
+    name: str
+    needs: set = set()
+
+    def command(self, workdir):
+        place = str(Path(workdir) / self.name)
+        lines = ["import pathlib, sys, time", f"p = pathlib.Path({place!r})", "p.mkdir(parents=True, exist_ok=True)"]
+        lines += ["time.sleep(0.6)", "(p / 'record.json').write_text('{}')", "open(p / 'times', 'a').write('x')"]
+        return ["-c", "; ".join(lines)]
+
+def get_grid():
+    return [Script(name) for name in "abcd"]
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_grid_that_is_stopped_begins_no_other_run_and_the_next_repeats_and_loses_none(number, tmp_path):
+    (tmp_path / "grid.py").write_text(KILLED)
+    line = [sys.executable, "-m", "bibau_jax.grid", f"--grid={tmp_path / 'grid.py'}", f"--workdir={tmp_path / 'runs'}"]
+    first = subprocess.Popen(line, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "runs" / "a" / "times").exists():
+        time.sleep(0.02)
+        assert first.poll() is None
+    (os.killpg if number == signal.SIGKILL else os.kill)(first.pid, number)
+    said = first.communicate(timeout=5)[1]
+    before = [count(tmp_path / "runs", name) for name in "abcd"]
+    assert sum(before) <= 2 and (number == signal.SIGKILL or "interrupted; the same command goes on" in said)
+    time.sleep(1.0)
+    assert [count(tmp_path / "runs", name) for name in "abcd"] == before
+    assert subprocess.run(line, cwd=ROOT).returncode == 0
+    told = [entry["name"] for entry in records.read_lines(tmp_path / "runs" / grid.LOG) if entry["status"] == 0]
+    assert sorted(told) == list("abcd") and all(count(tmp_path / "runs", name) in (1, 2) for name in "abcd")
 
 
 @pytest.mark.slow

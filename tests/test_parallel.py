@@ -300,9 +300,11 @@ def test_two_processes_on_one_machine_leave_the_models_of_one(program, tiny_conf
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
 
+    settings = {"defense.beside": "ft", "implant.clean_twin": "train", "reactivate.checks": "retuning,query,bec,path,features"}
+
     def both(*flags):
         shared = (f"--workdir={tmp_path / 'two'}", f"--config.distributed.coordinator=127.0.0.1:{port}", *flags)
-        shared += ("--config.distributed.processes=2", "--config.defense.beside=ft")
+        shared += ("--config.distributed.processes=2", *(f"--config.{name}={value}" for name, value in settings.items()))
         pair = [program(*shared, f"--config.distributed.process={process}") for process in range(2)]
         said = [process.communicate(timeout=300) for process in pair]
         assert [process.returncode for process in pair] == [0, 0], said
@@ -310,10 +312,13 @@ def test_two_processes_on_one_machine_leave_the_models_of_one(program, tiny_conf
 
     lead, follower = both()
     assert "report: " in lead and "report: " not in follower  # only one of them speaks
-    record = experiment.run(tiny_config({"defense.beside": "ft"}), tmp_path / "one")
+    record = experiment.run(tiny_config(settings), tmp_path / "one")
     there = records.read(tmp_path / "two" / "record.json")
     assert there.device["processes"] == 2 and there.device["count"] == 2
     assert {name: row.ca for name, row in there.metrics.items()} == {name: row.ca for name, row in record.metrics.items()}
+    for name, row in record.metrics.items():
+        assert there.metrics[name].extra.keys() == row.extra.keys()
+        assert there.metrics[name].extra["bec"] == pytest.approx(row.extra["bec"], abs=0.02)
     for stage in ("implant", "purify/bibau_u", "purify/ft"):  # the search for adversarial images magnifies rounding
         found, expected = (checkpoint.load(tmp_path / run / stage / "model")[0] for run in ("two", "one"))
         close(found, expected, atol=1e-3)

@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from bibau_jax import keys, parallel, train
@@ -173,14 +174,63 @@ def test_a_gradient_estimated_from_values_points_where_the_true_one_does():
         assert one @ other > 0.97 * np.linalg.norm(one) * np.linalg.norm(other)  # in the same direction
 
 
-def test_with_queries_nothing_is_propagated_through_the_model_and_every_question_is_counted(
-    backdoored, hidden, clean_twin, monkeypatch
+class Guarded:
+    """A network of which the model that is marked may be asked for outputs and not for gradients; counts what it is asked."""
+
+    def __init__(self, classifier):
+        self.classifier, self.image_shape, self.asked = classifier, classifier.image_shape, []
+
+    def apply(self, variables, pixels):
+        if "marked" not in variables:
+            return self.classifier.apply(variables, pixels)
+        plain = {name: tree for name, tree in variables.items() if name != "marked"}
+        self.asked.append(len(pixels))
+
+        @jax.custom_vjp
+        def outputs(pixels):
+            return self.classifier.apply(plain, pixels)
+
+        def refuse(_, slopes):
+            raise AssertionError("gradients were asked of the purified model")
+
+        outputs.defvjp(lambda pixels: (outputs(pixels), None), refuse)
+        return outputs(pixels)
+
+
+@pytest.mark.parametrize("gradient", ["queries", "white_box"])
+def test_with_queries_nothing_is_propagated_through_the_purified_model_and_every_image_is_counted(
+    gradient, backdoored, hidden, clean_twin
 ):
-    _, history, asked = learned(
-        backdoored, hidden, clean_twin, backdoored.variables, gradient="queries", directions=3, epochs=2
-    )
-    assert asked == 2 * (160 // 64) * 64 * (2 * 3 + 1)
-    assert all(np.isfinite(entry["loss"]) for entry in history)
+    guarded, images = Guarded(backdoored.classifier), others(backdoored.clean).take(slice(0, 16))
+    params = query.Perturber(8).init(keys.root(0), jnp.zeros((1, 256)))["params"]
+    optimizer = optax.sgd(0.1)
+    state = query.State(jnp.zeros((), int), params, optimizer.init(params))
+    wanted = train.logits(backdoored.classifier, backdoored.variables, images.images)
+    batch = {"images": jnp.array(images.images), "labels": images.labels, "wanted": wanted}
+    shape = {"alpha": 0.2, "epsilon": 16.0, "hidden": 8, "directions": 3, "sigma": 2.0, "gradient": gradient}
+
+    def step():
+        frozen = (hidden | {"marked": jnp.zeros(())}, clean_twin)
+        with jax.disable_jit():  # every question is one call, also within the loop over directions
+            return query.step(state, frozen, batch, keys.root(1), classifier=guarded, optimizer=optimizer, **shape)
+
+    if gradient == "white_box":
+        with pytest.raises(AssertionError, match="gradients were asked"):
+            step()
+        return
+    moved, metrics = step()
+    assert np.isfinite(metrics["loss"]) and guarded.asked == [16] * 7
+    assert not np.array_equal(moved.params["out"]["kernel"], params["out"]["kernel"])
+    counted = learned(backdoored, hidden, clean_twin, backdoored.variables, gradient="queries", directions=3, epochs=2)[2]
+    assert counted == 2 * (160 // 64) * 64 * (sum(guarded.asked) // 16)
+
+
+def test_a_clean_model_is_not_woken_by_queries(backdoored, clean_twin):
+    teacher = retuned(backdoored, clean_twin)
+    params, _, _ = learned(backdoored, clean_twin, clean_twin, teacher)
+    plain = stamped(backdoored.attack, others(backdoored.test)).images
+    hit = train.predict(backdoored.classifier, clean_twin, query.apply(params, plain, hidden=64)) == 0
+    assert hit.mean() < 0.05
 
 
 def test_the_attack_on_eight_devices_is_that_on_one(backdoored, hidden, clean_twin):

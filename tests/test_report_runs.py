@@ -169,6 +169,6 @@ def test_ideal_unlearning_is_marked_in_every_table(runs, tmp_path):
     command.main([str(runs), "--out", str(tmp_path / "out")])
     for name in ("tables.md", "index.html"):
         text = (tmp_path / "out" / name).read_text()
-        assert "IBU (ideal)" in text and "IBU is no defence" in text
+        assert "IBU (ideal, no defence)" in text and "IBU is no defence" in text
     found, _ = command.collect(runs)
     assert "IBU is no defence" in tables.markdown(found)

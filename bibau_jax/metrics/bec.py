@@ -63,9 +63,9 @@ def trigger_activated_change(classifier: Classifier, variables, clean, triggered
     Mean over pairs of |F(x) - F(x')|, over the mean of |F| on both, with L2 norms over space. `clean` and `triggered` are the
     same uint8 images [N, H, W, C] without and with the trigger.
     """
-    sums = None
+    sums, variables = None, parallel.replicate(variables)
     for first, second, counted in _blocks(clean, triggered):
-        found = jax.device_get(_tac_of_batch(classifier, parallel.replicate(variables), first, second, counted))
+        found = parallel.gather(_tac_of_batch(classifier, variables, first, second, counted))
         found = jax.tree.map(lambda leaf: leaf.astype(np.float64), found)
         sums = found if sums is None else jax.tree.map(np.add, sums, found)
     return {name: 2 * moved / np.maximum(size, 1e-12) for name, (moved, size) in sums.items()}
@@ -98,9 +98,9 @@ def linear_cka(one: np.ndarray, other: np.ndarray) -> float:
 
 def grams(classifier: Classifier, variables, images, channels: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The centred Gram matrix of the chosen channels of every layer over uint8 images [N, H, W, C]."""
-    parts = {name: [] for name in channels}
+    parts, variables = {name: [] for name in channels}, parallel.replicate(variables)
     for pixels, _, counted in _blocks(images, images):
-        found = jax.device_get(_chosen_features(classifier, parallel.replicate(variables), pixels, channels))
+        found = parallel.gather(_chosen_features(classifier, variables, pixels, channels))
         for name, values in found.items():
             parts[name].append(values[: int(counted.sum())])
     return {name: centred_gram(np.concatenate(values)) for name, values in parts.items()}

@@ -67,11 +67,14 @@ def divergence(teacher_logits: jax.Array, logits: jax.Array) -> jax.Array:
 
 
 def estimated_gradient(loss, pixels: jax.Array, key: jax.Array, *, directions: int, sigma: float) -> jax.Array:
-    """The gradient of `loss(pixels) [N]` per image from its values alone: `directions` antithetic pairs of steps `sigma`."""
+    """The gradient of `loss(pixels) [N]` per image from its values alone: `directions` antithetic pairs of steps `sigma`.
+
+    Only images are asked about: what leaves 0..255 is clipped.
+    """
 
     def one(total, number):
         step = jax.random.normal(jax.random.fold_in(key, number), pixels.shape)
-        change = loss(pixels + sigma * step) - loss(pixels - sigma * step)
+        change = loss(jnp.clip(pixels + sigma * step, 0, 255)) - loss(jnp.clip(pixels - sigma * step, 0, 255))
         return total + change[:, None, None, None] * step / (2 * sigma), None
 
     total, _ = jax.lax.scan(one, jnp.zeros_like(pixels), jnp.arange(directions))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from bibau_jax import keys, parallel, train
+from bibau_jax import keys, parallel, progress, train
 from bibau_jax.errors import UserError
 from bibau_jax.method.terms import cross_entropy
 from bibau_jax.models import Classifier
@@ -104,8 +104,11 @@ def square(
     epsilon: float = 12.75,
     queries: int = 10_000,
     enough: float = 0.99,
+    label: str = "",
 ) -> tuple[np.ndarray, int]:
     """(delta, queries per image that were asked) by Square Attack on one batch: outputs alone, no gradient.
+
+    Shows its progress under `label`, if it has one.
 
     It begins with vertical stripes of +-epsilon and keeps a random square, of +-epsilon per channel, where the summed loss
     falls. It ends when `enough` of the images are classified as wanted.
@@ -125,17 +128,24 @@ def square(
 
     best = np.broadcast_to(epsilon * rng.choice([-1.0, 1.0], (1, width, channels)), (height, width, channels)).copy()
     (loss, rate), asked = score(best), 1
-    while asked < queries and rate < enough:
-        share = SHARE / 2 ** sum(asked > queries * part for part in HALVINGS)
-        side = min(max(1, round(math.sqrt(share * height * width))), height, width)
-        top, left = rng.integers(0, height - side + 1), rng.integers(0, width - side + 1)
-        tried = best.copy()
-        tried[top : top + side, left : left + side] = epsilon * rng.choice([-1.0, 1.0], channels)
-        found, hits = score(tried)
-        asked += 1
-        if found < loss:
-            best, loss, rate = tried, found, hits
+    with progress.bar(queries, label, unit="query", start=1, show=bool(label)) as bar:
+        while asked < queries and rate < enough:
+            tried = best.copy()
+            tried[_window(rng, asked / queries, height, width)] = epsilon * rng.choice([-1.0, 1.0], channels)
+            found, hits = score(tried)
+            asked += 1
+            bar.advance(loss=found / len(triggered))
+            if found < loss:
+                best, loss, rate = tried, found, hits
     return best.astype(np.float32), asked
+
+
+def _window(rng: np.random.Generator, done: float, height: int, width: int):
+    """Where the next square goes; squares get smaller as the share of queries that is `done` passes HALVINGS."""
+    share = SHARE / 2 ** sum(done > part for part in HALVINGS)
+    side = min(max(1, round(math.sqrt(share * height * width))), height, width)
+    top, left = rng.integers(0, height - side + 1), rng.integers(0, width - side + 1)
+    return np.s_[top : top + side, left : left + side]
 
 
 def check(triggered: np.ndarray, epsilon: float) -> None:

@@ -5,6 +5,8 @@ Numbers come from `record.json` files alone, so that the tables of the same reco
 
 import argparse
 import sys
+import zipfile
+from functools import partial
 from html import escape
 from pathlib import Path
 
@@ -17,10 +19,10 @@ NOTE = (
     "paper's value stands beside ours where it has one. IBU is no defence: it sees the trigger and shows how far one could get."
 )
 CAPTIONS = {
-    "scatter": "Clean accuracy and what retuning brings back: small marks are runs, large ones means over attacks.",
-    "bec_layers": "BEC by layer, mean over runs.",
+    "scatter": "Clean accuracy and what retuning brings back: small marks are attacks, large ones their mean.",
+    "bec_layers": "BEC by layer, mean over attacks.",
     "eta": "BI-BAU (U) by η.",
-    "path": "ASR on the straight line from the purified to the backdoored weights, mean over runs.",
+    "path": "ASR on the straight line from the purified to the backdoored weights, mean over attacks.",
 }
 
 
@@ -49,45 +51,66 @@ def write(folder: Path, out: Path) -> tuple[list[Path], list[str]]:
     if not found:
         raise UserError(f"{folder} holds no record that can be read" + (f": {broken[0]}" if broken else ""))
     rows = tables.rows(found)
-    made = shapes.every(rows)
+    made, lines = shapes.every(rows), tables.summary(rows)
     out.mkdir(parents=True, exist_ok=True)
-    drawn = {
-        "scatter": pictures.scatter(rows, out / "scatter.png"),
-        "bec_layers": pictures.bec_layers(found, out / "bec_layers.png"),
-        "eta": pictures.eta_sweep(found, out / "eta.png"),
-        "path": pictures.weight_path(found, out / "path.png"),
-    }
-    captions = {name: (path, CAPTIONS[name]) for name, path in drawn.items() if path is not None}
+    pages = [out / "tables.csv", out / "tables.md", out / "index.html"]
+    records.write_text(pages[0], shapes.comma_separated(made))
+    captions = {}
+    for name, caption, draw in _drawings(folder, out, found, lines):
+        try:
+            path = draw(out / f"{name}.png")
+        except (KeyError, TypeError, ValueError, AttributeError, OSError, zipfile.BadZipFile) as error:
+            broken.append(f"{name}.png cannot be drawn: {type(error).__name__}: {error}")
+        else:
+            captions |= {name: (path, caption)} if path is not None else {}
+    without = shapes.left_out(lines)
+    records.write_text(pages[1], markdown(made, captions, without))
+    records.write_text(pages[2], page(made, captions, without, len(found)))
+    return pages + [path for path, _ in captions.values()], broken
+
+
+def _drawings(folder: Path, out: Path, found: dict, lines):
+    """(file name, caption, what draws it) of every picture; of several data sets or networks each has its own."""
+    groups: dict[tuple, dict] = {}
     for name, record in found.items():
-        path = pictures.embeddings(folder / name, record, out / f"features_{name.replace('/', '_')}.png")
-        if path is not None:
-            captions[path.stem] = (path, f"t-SNE of features: {name}.")
-    written = [out / "tables.md", out / "tables.csv", out / "index.html"]
-    records.write_text(written[0], markdown(made, captions))
-    records.write_text(written[1], shapes.comma_separated(made))
-    records.write_text(written[2], page(made, captions, len(found)))
-    return written + [path for path, _ in captions.values()], broken
+        groups.setdefault((record.config["data"]["name"], words.model(record.config["model"])), {})[name] = record
+    for number, (place, members) in enumerate(groups.items()):
+        suffix, where = (f"_{number + 1}", f" {words.dataset(place[0])}, {place[1]}.") if len(groups) > 1 else ("", "")
+        mine = [line for line in lines if (line["dataset"], line["model"]) == place]
+        yield f"scatter{suffix}", CAPTIONS["scatter"] + where, partial(pictures.scatter, mine)
+        yield f"bec_layers{suffix}", CAPTIONS["bec_layers"] + where, partial(pictures.bec_layers, members)
+        yield f"eta{suffix}", CAPTIONS["eta"] + where, partial(pictures.eta_sweep, members)
+        yield f"path{suffix}", CAPTIONS["path"] + where, partial(pictures.weight_path, members)
+    for name, record in found.items():
+        yield f"features_{name.replace('/', '_')}", f"Features: {name}.", partial(pictures.embeddings, folder / name, record)
 
 
 def _titles(made):
-    for (dataset, number), shape in made.items():
-        yield f"{shapes.SHAPES[number].title}, {words.dataset(dataset)}", number, shape
+    for (dataset, model, number), shape in made.items():
+        theirs = shapes.paper().get(shapes.PAPER.get(dataset, {}).get(number, ""), {}).get("model")
+        paper = f"; the paper's: {words.NETWORKS.get(theirs, theirs)}" if theirs else ""
+        yield f"{shapes.SHAPES[number].title}, {words.dataset(dataset)}", f"Ours: {model}{paper}.", number, shape
 
 
-def markdown(made, captions) -> str:
+def markdown(made, captions, without) -> str:
     """The tables and the pictures as Markdown."""
     parts = [f"{NOTE}\n"]
-    parts += [f"## {title}\n\n{shapes.markdown(shape, number)}" for title, number, shape in _titles(made)]
+    parts += [f"## {title}\n\n{text}\n\n{shapes.markdown(shape, number)}" for title, text, number, shape in _titles(made)]
+    parts += ["Left out, because other runs had other settings: " + "; ".join(without) + ".\n"] if without else []
     parts += [f"![{text}]({path.name})\n" for path, text in captions.values()]
     return "\n".join(parts)
 
 
-def page(made, captions, count: int) -> str:
+def page(made, captions, without, count: int) -> str:
     """The same as a page of its own that loads nothing but the pictures beside it."""
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     body = [f'<p class="over">{count} runs</p><h1>Gone or hidden?</h1><p class="lead">{escape(NOTE)}</p>']
-    for title, number, shape in _titles(made):
-        body.append(f'<section><h2>{escape(title)}</h2><div class="wide">{shapes.html(shape, number)}</div></section>')
+    for title, text, number, shape in _titles(made):
+        table = f'<div class="wide">{shapes.html(shape, number)}</div>'
+        body.append(f'<section><h2>{escape(title)}</h2><p class="lead">{escape(text)}</p>{table}</section>')
+    if without:
+        told = "".join(f"<li>{escape(line)}</li>" for line in without)
+        body.append(f'<section><p class="lead">Left out, because other runs had other settings:</p><ul>{told}</ul></section>')
     for path, text in captions.values():
         picture = f'<img src="{escape(path.name)}" alt="{escape(text)}">'
         body.append(f"<section><figure>{picture}<figcaption><span>{escape(text)}</span></figcaption></figure></section>")

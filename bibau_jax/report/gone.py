@@ -12,6 +12,8 @@ ATTACKS = {  # number: heading, what it is
 }
 BESIDE = {  # what stands beside the attacks in the table
     "r_ca": "CA after retuning",
+    "q_queries": "Images asked for Q",
+    "s_queries": "Images asked for S",
     "q_clean": "Q on clean images",
     "q_twin": "Q on the clean model",
     "q_twin_clean": "Q on both clean",
@@ -66,6 +68,8 @@ def _table(measured, names) -> str:
 def _number(name: str, value) -> str:
     if name.startswith(("bec", "linearity")):
         return words.number(value, 2)
+    if name.endswith("queries"):
+        return words.number(value, 0)
     return words.number(value) + ("°" if name.startswith("orth") and words.is_number(value) else "")
 
 

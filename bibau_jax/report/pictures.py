@@ -49,18 +49,23 @@ def _save(figure, path: Path) -> Path:
     return path
 
 
-def scatter(rows, path: Path) -> Path | None:
-    """Clean accuracy against R-ASR: small marks are runs, large ones the mean over attacks. None without R-ASR."""
-    told = [row for row in rows if words.is_number(row.get("r_asr")) and words.is_number(row["ca"])]
+def scatter(lines, path: Path) -> Path | None:
+    """Clean accuracy against R-ASR from lines of `tables.summary`: small marks are attacks, large ones their mean.
+
+    None without R-ASR. Runs with other settings than most are left out, as in the tables.
+    """
+    told = [line for line in lines if line["variant"] == 1 and line.get("r_asr") and line["r_asr"]["n"] and line["ca"]["n"]]
     if not told:
         return None
     figure, axis = _plt().subplots(figsize=(7.2, 5))
-    names = sorted({row["defense"] for row in told}, key=lambda name: words.order(words.DEFENSES, name))
+    names = sorted({line["defense"] for line in told}, key=lambda name: words.order(words.DEFENSES, name))
     for name in names:
-        mine, tone = [row for row in told if row["defense"] == name], colour(name, _unknown(names))
-        axis.scatter([r["ca"] for r in mine], [r["r_asr"] for r in mine], s=16, color=tone, alpha=0.4, linewidths=0)
-        mean = [np.mean([r[key] for r in mine]) for key in ("ca", "r_asr")]
-        axis.scatter(*mean, s=130, color=tone, edgecolors="white", linewidths=1.5, zorder=3, label=words.defense(name))
+        mine, tone = [line for line in told if line["defense"] == name], colour(name, _unknown(names))
+        places = np.array([[line[key]["mean"] for key in ("ca", "r_asr")] for line in mine])
+        axis.scatter(places[:, 0], places[:, 1], s=16, color=tone, alpha=0.4, linewidths=0)
+        axis.scatter(
+            *places.mean(0), s=130, color=tone, edgecolors="white", linewidths=1.5, zorder=3, label=words.defense(name)
+        )
     axis.set(xlabel="Clean accuracy, %", ylabel="ASR after retuning (R-ASR), %", ylim=(-3, 103))
     axis.set_title("Is it gone? Low is gone, right is useful", loc="left")
     axis.grid(alpha=0.25)
@@ -68,28 +73,41 @@ def scatter(rows, path: Path) -> Path | None:
     return _save(figure, path)
 
 
-def bec_layers(found: dict, path: Path) -> Path | None:
-    """BEC of every layer as bars, one panel a defence, mean over runs. None where no record has it."""
-    told: dict[str, list[dict]] = {}
-    every: dict[str, None] = {}
+def _over_attacks(found: dict, wanted) -> dict[str, np.ndarray]:
+    """{defense: mean over attacks of the mean over runs} of the array, or None, that `wanted` takes from a measurement."""
+    told: dict[str, dict[str, list]] = {}
     for record in found.values():
         for measured in record.metrics.values():
-            layers = measured.extra.get("bec_layers")
-            if isinstance(layers, dict) and measured.defense not in ("none", "clean"):
-                told.setdefault(measured.defense, []).append(layers)
-                every |= dict.fromkeys([*measured.extra.get("bec_similarity", {}), *layers])  # in the network's order
-    if not told:
+            if (value := wanted(measured)) is not None:
+                told.setdefault(measured.defense, {}).setdefault(record.config["attack"]["name"], []).append(value)
+    return {defense: np.nanmean([np.nanmean(values, 0) for values in attacks.values()], 0) for defense, attacks in told.items()}
+
+
+def bec_layers(found: dict, path: Path) -> Path | None:
+    """BEC of every layer as bars, one panel a defence, mean over attacks. None where no record has it."""
+    told = [
+        m.extra for record in found.values() for m in record.metrics.values() if isinstance(m.extra.get("bec_layers"), dict)
+    ]
+    every = dict.fromkeys(name for extra in told for name in [*extra.get("bec_similarity", {}), *extra["bec_layers"]])
+    layers = [name for name in every if any(words.is_number(extra["bec_layers"].get(name)) for extra in told)]
+
+    def of_layers(measured):
+        values = measured.extra.get("bec_layers")
+        if measured.defense in ("none", "clean") or not isinstance(values, dict):
+            return None
+        return [values[name] if words.is_number(values.get(name)) else np.nan for name in layers]
+
+    means = _over_attacks(found, of_layers)
+    if not means or not layers:
         return None
-    names = sorted(told, key=lambda name: words.order(words.DEFENSES, name))
-    layers = [name for name in every if any(name in one for found in told.values() for one in found)]
-    plt = _plt()
+    names = sorted(means, key=lambda name: words.order(words.DEFENSES, name))
     shape = {"figsize": (2.3 * len(names) + 1.2, 0.3 * len(layers) + 1.3), "sharex": True, "sharey": True, "squeeze": False}
-    figure, axes = plt.subplots(1, len(names), layout="constrained", **shape)
+    figure, axes = _plt().subplots(1, len(names), layout="constrained", **shape)
     for axis, name in zip(axes[0], names, strict=True):
-        means = [np.mean([one[layer] for one in told[name] if layer in one] or [np.nan]) for layer in layers]
-        axis.barh(range(len(layers)), means, color=colour(name, _unknown(names)), height=0.65)
+        axis.barh(range(len(layers)), means[name], color=colour(name, _unknown(names)), height=0.65)
         axis.axvline(1, color="#1c1d1f", linewidth=0.8, linestyle=":")
-        axis.set(title=words.defense(name), xlim=(-1, 1.1))  # adversarial training may go far below: unlike both ends
+        axis.set(xlim=(-1, 1.1))  # adversarial training may go far below: unlike both ends
+        axis.set_title(words.defense(name), fontsize=10)
         axis.set_yticks(range(len(layers)), layers)
     axes[0][0].invert_yaxis()
     figure.supxlabel("BEC: 0 as the clean twin, 1 as the backdoored model", fontsize=9)
@@ -97,42 +115,47 @@ def bec_layers(found: dict, path: Path) -> Path | None:
 
 
 def eta_sweep(found: dict, path: Path) -> Path | None:
-    """CA, ASR and R-ASR of BI-BAU by eta (Fig. 7), mean over runs. None unless records have two values of eta."""
-    points: dict[float, list] = {}
+    """CA, ASR and R-ASR of BI-BAU (U) by eta (Fig. 7), mean over the attacks that every eta has. None unless there are two."""
+    points: dict[float, dict[str, list]] = {}
     for record in found.values():
         for measured in record.metrics.values():
-            if measured.defense == "bibau_u":
-                values = (measured.ca.percent, measured.asr.percent, measured.extra.get("r_asr", np.nan))
-                points.setdefault(record.config["defense"]["eta"], []).append(values)
-    if len(points) < 2:
+            if measured.defense == "bibau_u" and words.is_number(record.config["defense"].get("eta")):
+                again = measured.extra.get("r_asr")
+                values = (measured.ca.percent, measured.asr.percent, again if words.is_number(again) else np.nan)
+                attacks = points.setdefault(record.config["defense"]["eta"], {})
+                attacks.setdefault(record.config["attack"]["name"], []).append(values)
+    common = set.intersection(*map(set, points.values())) if points else set()
+    if len(points) < 2 or not common:
         return None
     figure, axis = _plt().subplots(figsize=(6, 4))
     etas = sorted(points)
+    means = np.array([np.mean([np.mean(points[eta][attack], 0) for attack in sorted(common)], 0) for eta in etas])
     for place, (name, tone) in enumerate((("CA", "#00477a"), ("ASR", "#c24e00"), ("R-ASR", "#8a4b86"))):
-        values = [np.nanmean([one[place] for one in points[eta]]) for eta in etas]
-        if not np.isnan(values).all():
-            axis.plot(etas, values, marker="o", color=tone)
-            axis.annotate(name, (etas[-1], values[-1]), xytext=(6, 0), textcoords="offset points", color=tone, va="center")
+        if not np.isnan(means[:, place]).all():
+            axis.plot(etas, means[:, place], marker="o", color=tone)
+            at = (etas[-1], means[-1, place])
+            axis.annotate(name, at, xytext=(6, 0), textcoords="offset points", color=tone, va="center")
     axis.set(xlabel="η: share of the clean feature that the prior takes off", ylabel="%", ylim=(-3, 103))
+    axis.set_title(f"BI-BAU (U), {', '.join(words.attack(attack) for attack in sorted(common))}", loc="left", fontsize=10)
     axis.grid(alpha=0.25)
     return _save(figure, path)
 
 
 def weight_path(found: dict, path: Path) -> Path | None:
-    """ASR on the straight line from each purified model to the backdoored one, mean over runs. None without it."""
-    told: dict[str, list] = {}
-    for record in found.values():
-        for measured in record.metrics.values():
-            if "path_asr" in measured.extra:
-                told.setdefault(measured.defense, []).append(measured.extra)
-    if not told:
+    """ASR on the straight line from each purified model to the backdoored one, mean over attacks. None without it."""
+    shares = next((m.extra["path"] for record in found.values() for m in record.metrics.values() if "path" in m.extra), None)
+
+    def along(name):
+        return _over_attacks(found, lambda m: m.extra[name] if m.extra.get("path") == shares and shares else None)
+
+    fresh, as_is = along("path_asr_recalibrated"), along("path_asr")
+    if not fresh:
         return None
     figure, axis = _plt().subplots(figsize=(6.6, 4.4))
-    for name in sorted(told, key=lambda name: words.order(words.DEFENSES, name)):
-        shares, tone = told[name][0]["path"], colour(name, _unknown(told))
-        same = [one for one in told[name] if one["path"] == shares]
-        axis.plot(shares, np.mean([one["path_asr_recalibrated"] for one in same], 0), color=tone, label=words.defense(name))
-        axis.plot(shares, np.mean([one["path_asr"] for one in same], 0), color=tone, linestyle=":", linewidth=1)
+    for name in sorted(fresh, key=lambda name: words.order(words.DEFENSES, name)):
+        tone = colour(name, _unknown(fresh))
+        axis.plot(shares, fresh[name], color=tone, label=words.defense(name))
+        axis.plot(shares, as_is[name], color=tone, linestyle=":", linewidth=1)
     axis.set(xlabel="from the purified model (0) to the backdoored one (1)", ylabel="ASR, %", ylim=(-3, 103))
     axis.set_title("How far away the backdoor is (dotted: statistics not renewed)", loc="left", fontsize=10)
     axis.grid(alpha=0.25)

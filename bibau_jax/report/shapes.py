@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from bibau_jax.report import tables, words
 
-HEADINGS = {"ca": "CA", "asr": "ASR", "r_asr": "R-ASR", "q_asr": "Q-ASR", "bec": "BEC"}
+HEADINGS = {"ca": "CA", "asr": "ASR", "r_asr": "R-ASR", "q_asr": "Q-ASR"}
+HEADINGS |= {"bec": "BEC", "bec_squashed": "sigmoid", "bec_code": "code form"}
 AVERAGE = "average"
 
 
@@ -28,14 +29,21 @@ TEN = ("badnets", "blended", "wanet", "refool", "iad", "issba", "sig", "narcissu
 SHAPES = {
     "1": Shape("Clean accuracy and attack success by defence and attack", ("ca", "asr"), TEN[:8]),
     "2": Shape("Robustness to re-activation", ("ca", "asr", "r_asr", "q_asr"), TEN),
-    "4": Shape("Backdoor existence coefficient", ("bec",), tuple(name for name in TEN[:8] if name != "sig")),
+    "4": Shape(
+        "Backdoor existence coefficient", ("bec", "bec_squashed", "bec_code"), tuple(name for name in TEN[:8] if name != "sig")
+    ),
     "5": Shape("Enhanced adaptive attacks", ("ca", "asr", "r_asr", "q_asr"), ("enhanced_adap_blend", "enhanced_adap_patch")),
     "6": Shape("Ablation", ("ca", "asr", "r_asr", "q_asr"), ("badnets", "refool", "iad", "issba"), ablation=True),
 }
+NO_DEFENCES = ("none", "clean", "ibu")
 IN_ABLATION = ("none", "base_at", "bibau_u:+A", "bibau_u:+B", "bibau_u")
 # The same metric of the same data set stands in several of the paper's tables; each of ours is compared with its own.
 PAPER = {"cifar10": {"1": "1", "2": "2", "4": "4", "5": "5", "6": "6"}, "tiny_imagenet": {"1": "9", "2": "10"}}
 PAPER |= {"gtsrb": {"1": "11", "2": "12"}}
+
+
+# What the paper prints as BEC is the sigmoid; its raw value and the code's form stand nowhere.
+PRINTED = {"bec_squashed": "bec", "bec": "", "bec_code": ""}
 
 
 class Cell(NamedTuple):
@@ -63,32 +71,41 @@ def papers_value(number: str, dataset: str, defense: str, attack: str, metric: s
 def cells(lines, number: str, dataset: str) -> dict[str, dict[str, dict[str, Cell]]]:
     """{defense: {attack: {metric: Cell}}} of one shape, with the average over attacks, from lines of `tables.summary`.
 
-    Defences and attacks without any number are left out. The paper prints BEC behind a sigmoid; ours is raw, so they do not
-    stand side by side. A row has an average where it has every attack that any row has.
+    `lines` are of one data set and network. Defences and attacks without any number are left out, and so are runs with other
+    settings (`left_out`). A row has an average where it has every attack that any row has.
     """
     shape, made = SHAPES[number], {}
     for line in lines:
         wanted = line["defense"] in IN_ABLATION if shape.ablation else ":" not in line["defense"]
-        if line["dataset"] != dataset or line["attack"] not in shape.attacks or not wanted or line["variant"] > 1:
+        if line["attack"] not in shape.attacks or not wanted or line["variant"] > 1:
             continue
         row = made.setdefault(line["defense"], {}).setdefault(line["attack"], {})
         for metric in shape.metrics:
             told = line.get(metric) or {"mean": None, "std": None, "n": 0}
-            theirs = None if metric == "bec" else papers_value(number, dataset, line["defense"], line["attack"], metric)
+            theirs = papers_value(number, dataset, line["defense"], line["attack"], PRINTED.get(metric, metric))
             row[metric] = Cell(told["mean"], told["std"], told["n"], theirs)
     measured = {d: row for d, row in made.items() if any(c.mean is not None for cell in row.values() for c in cell.values())}
-    most = max(map(len, measured.values()), default=0)
+    every = {attack for row in measured.values() for attack in row}
     for defense, row in measured.items():
         averages = {metric: _average(row, metric, shape, number, dataset, defense) for metric in shape.metrics}
-        row |= {AVERAGE: averages} if len(row) == most else {}
+        row |= {AVERAGE: averages} if set(row) == every else {}
     return dict(sorted(measured.items(), key=lambda item: words.order(words.DEFENSES, item[0])))
+
+
+def left_out(lines) -> list[str]:
+    """What no shape shows, because its runs had other settings than most: one line each."""
+    told = {}
+    for line in lines:
+        if line["variant"] > 1:
+            told.setdefault((line["defense"], line["settings"]), []).append(f"{words.attack(line['attack'])} ({line['n']})")
+    return [f"{words.defense(defense)}: {', '.join(found)}, with {settings}" for (defense, settings), found in told.items()]
 
 
 def _average(row, metric: str, shape: Shape, number: str, dataset: str, defense: str) -> Cell:
     means = [cell[metric].mean for cell in row.values() if cell[metric].mean is not None]
     means = means if len(means) == len(row) else []
     whole = len(means) == len(shape.attacks)
-    theirs = papers_value(number, dataset, defense, AVERAGE, metric) if whole and metric != "bec" else None
+    theirs = papers_value(number, dataset, defense, AVERAGE, PRINTED.get(metric, metric)) if whole else None
     return Cell(statistics.mean(means) if means else None, None, len(means), theirs)
 
 
@@ -107,7 +124,7 @@ def heading(attack: str, made, number: str) -> str:
 
 
 def _text(cell: Cell | None, metric: str) -> str:
-    digits = 2 if metric == "bec" else 1
+    digits = 2 if metric.startswith("bec") else 1
     if cell is None or cell.mean is None:
         return words.NOTHING
     return words.number(cell.mean, digits) + (f" ± {words.number(cell.std, digits)}" if cell.std is not None else "")
@@ -123,7 +140,7 @@ def markdown(made, number: str) -> str:
             told = []
             for name in names:
                 cell = row.get(name, {}).get(metric)
-                theirs = f" ({words.number(cell.paper)})" if cell is not None and cell.paper is not None else ""
+                theirs = f" ({words.further_value(metric, cell.paper)})" if cell is not None and cell.paper is not None else ""
                 told.append(_text(cell, metric) + theirs)
             lines.append("| " + " | ".join([words.defense(defense) if not place else "", HEADINGS[metric], *told]) + " |")
     return "\n".join(lines) + "\n"
@@ -146,21 +163,22 @@ def html(made, number: str) -> str:
 
 
 def _html_cell(cell: Cell | None, metric: str) -> str:
-    theirs = f" <small>{words.number(cell.paper)}</small>" if cell is not None and cell.paper is not None else ""
+    theirs = f" <small>{words.further_value(metric, cell.paper)}</small>" if cell is not None and cell.paper is not None else ""
     return f"<td>{_text(cell, metric)}{theirs}</td>"
 
 
-def comma_separated(made: dict[tuple[str, str], dict]) -> str:
-    """All shapes of all data sets, {(dataset, number): cells}, as one CSV with a line a number."""
+def comma_separated(made: dict[tuple[str, str, str], dict]) -> str:
+    """All shapes, {(dataset, model, number): cells}, as one CSV with a line a number."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(("dataset", "table", "defense", "attack", "metric", "mean", "std", "n", "paper"))
-    for (dataset, number), shape in made.items():
+    writer.writerow(("dataset", "model", "table", "defense", "is_defense", "attack", "metric", "mean", "std", "n", "paper"))
+    for (dataset, model, number), shape in made.items():
         for defense, row in shape.items():
             for attack, cell in row.items():
                 for metric, value in cell.items():
                     if value.mean is not None:
-                        writer.writerow((dataset, number, defense, attack, metric, *map(_exact, value)))
+                        ours = (dataset, model, number, defense, defense not in NO_DEFENCES, attack, metric)
+                        writer.writerow((*ours, *map(_exact, value)))
     return out.getvalue()
 
 
@@ -168,12 +186,13 @@ def _exact(value) -> str:
     return "" if value is None else f"{value:.6g}"
 
 
-def every(rows) -> dict[tuple[str, str], dict]:
-    """{(dataset, number): cells} of every shape that the rows (of `tables.rows`) have numbers for."""
-    lines = tables.summary(rows)
-    datasets = list(dict.fromkeys(line["dataset"] for line in lines))
-    made = {(dataset, number): cells(lines, number, dataset) for dataset in datasets for number in SHAPES}
-    return {key: shape for key, shape in made.items() if _is_worth_showing(key[1], shape)}
+def every(rows) -> dict[tuple[str, str, str], dict]:
+    """{(dataset, model, number): cells} of every shape that the rows (of `tables.rows`) have numbers for."""
+    groups: dict[tuple[str, str], list] = {}
+    for line in tables.summary(rows):
+        groups.setdefault((line["dataset"], line["model"]), []).append(line)
+    made = {(*place, number): cells(lines, number, place[0]) for place, lines in groups.items() for number in SHAPES}
+    return {key: shape for key, shape in made.items() if _is_worth_showing(key[2], shape)}
 
 
 def _is_worth_showing(number: str, made) -> bool:

@@ -22,11 +22,24 @@ GROUP = ("dataset", "model", "attack", "defense", "variant")
 SETTINGS = ("train_size", "clean_size")
 # What a run's numbers do not depend on, so that it does not set two runs apart.
 FREE = ("seed", "stages", "tensorboard", "checkpoint_every", "distributed", "data.data_dir", "data.manual_dir", "data.download")
-FREE += (*(f"data.{name}" for name in SETTINGS), "defense.name", "defense.beside", "implant.reuse", "implant.clean_twin")
+FREE += (
+    *(f"data.{name}" for name in SETTINGS),
+    "defense.name",
+    "defense.beside",
+    "implant.reuse",
+    "implant.clean_twin",
+    "reactivate.checks",
+)
 TRAINING = ("epochs", "batch_size", "learning_rate", "schedule", "momentum", "weight_decay")
-USES = {"none": (), "clean": (), "ft": TRAINING, "base_at": (*TRAINING, "pgd", "max_grad_norm")}  # of the defence's settings
+USES = {
+    "none": (),
+    "clean": (),
+    "ft": TRAINING,
+    "ibu": (*TRAINING, "ibu"),
+    "base_at": (*TRAINING, "pgd", "max_grad_norm"),
+}  # of the defence's settings
 COLUMNS = (*GROUP, "settings", "seed", *RATES, "ca_loss", *(f"{r}_{part}" for r in RATES for part in ("hits", "count")))
-COLUMNS = (*COLUMNS, "seconds", *SETTINGS, "device", "record")  # every other key of a row is a further measurement
+COLUMNS = (*COLUMNS, "seconds", *SETTINGS, "device", "record")  # every other number of a row is a further measurement
 OPEN, CLOSE = "<!-- text -->", "<!-- /text -->"
 
 
@@ -84,7 +97,23 @@ def _row(record, measured, name: str) -> dict:
     row |= {"ca_loss": None, "seconds": measured.seconds, "record": name, "device": device_name(record.device)}
     row |= {key: data.get(key) for key in SETTINGS}
     further = {key: value for key, value in measured.extra.items() if words.is_number(value) and key not in COLUMNS}
-    return {key: row[key] for key in COLUMNS} | dict(sorted(further.items()))
+    model = {key: measured.extra[key] for key in ("model_sha256",) if key in measured.extra}
+    return {key: row[key] for key in COLUMNS} | model | dict(sorted(further.items()))
+
+
+def _code_form(record) -> dict[str, float]:
+    """BEC of the published code for the models of one record, from the similarities that it holds; {} without a twin."""
+    means = {
+        measured.defense: statistics.mean(measured.extra["bec_similarity"].values())
+        for measured in record.metrics.values()
+        if isinstance(measured.extra.get("bec_similarity"), dict) and measured.extra["bec_similarity"]
+    }
+    if "clean" not in means:
+        return {}
+    from bibau_jax.metrics import bec  # brings JAX with it, which most tables do not need
+
+    defended = {name: value for name, value in means.items() if name not in ("none", "clean")}
+    return bec.code_form(defended, means["clean"]) if defended else {}
 
 
 def _sorting_key(row: dict) -> tuple:
@@ -92,14 +121,16 @@ def _sorting_key(row: dict) -> tuple:
     return (row["dataset"], row["model"], *place, row["variant"], row["seed"], row["record"])
 
 
-def relevant(config: dict, defense: str) -> dict:
-    """The settings that a row's numbers depend on, flat: {"implant.epochs": 15, ...}."""
+def relevant(config: dict, defense: str, reactivated: bool = True) -> dict:
+    """The settings that a row's numbers depend on, flat: {"implant.epochs": 15, ...}; `reactivated`: of checks too."""
     base, attack = defense.partition(":")[0], config["attack"]["name"]
     kept = {}
     for name, value in records.flat(config).items():
         section, _, rest = name.partition(".")
         own = rest.partition(".")[0]
         if any(name == free or name.startswith(f"{free}.") for free in FREE):
+            continue
+        if section == "reactivate" and not reactivated:
             continue
         if section == "attack" and isinstance(config["attack"].get(own), dict) and own != attack:
             continue  # settings of other attacks, and below of other defences
@@ -112,19 +143,31 @@ def relevant(config: dict, defense: str) -> dict:
 
 
 def _set_apart(made, configs) -> None:
-    """Numbers the variants of a row whose runs had other settings, and says in "settings" how each differs from the first."""
-    known: dict[tuple, list[dict]] = {}
+    """Numbers the variants of a row whose runs had other settings, and says in "settings" how each differs from the first.
+
+    The first is the one that most runs have, so that a single run with something changed never takes the place of a series.
+    """
+    groups: dict[tuple, list[tuple[dict, list[dict]]]] = {}
     for row in sorted(made, key=_sorting_key):
-        settings = relevant(configs[row["record"]], row["defense"])
-        variants = known.setdefault(tuple(row[key] for key in GROUP[:-1]), [])
+        reactivated = any(name in row for name in words.MEASURES)
+        settings = relevant(configs[row["record"]], row["defense"], reactivated)
+        variants = groups.setdefault(tuple(row[key] for key in GROUP[:-1]), [])
         # Settings that an older record does not name yet set nothing apart.
-        unlike = [{n for n in settings.keys() & other.keys() if settings[n] != other[n]} for other in variants]
-        if all(unlike) or not unlike:
-            variants.append(settings)
-            unlike.append(set())
-        row["variant"] = [bool(names) for names in unlike].index(False) + 1
-        names = sorted(unlike[0]) if row["variant"] > 1 else []
-        row["settings"] = ", ".join(f"{n} {settings[n]} instead of {variants[0][n]}" for n in names)
+        same = (members for other, members in variants if not _unlike(settings, other))
+        if (members := next(same, None)) is None:
+            variants.append((settings, members := []))
+        members.append(row)
+    for variants in groups.values():
+        variants.sort(key=lambda variant: -len(variant[1]))
+        for number, (settings, members) in enumerate(variants, 1):
+            names = _unlike(settings, variants[0][0])
+            told = ", ".join(f"{name} {settings[name]} instead of {variants[0][0][name]}" for name in names)
+            for row in members:
+                row |= {"variant": number, "settings": told}
+
+
+def _unlike(one: dict, other: dict) -> list[str]:
+    return sorted(name for name in one.keys() & other.keys() if one[name] != other[name])
 
 
 def rows(found) -> list[dict]:
@@ -136,9 +179,10 @@ def rows(found) -> list[dict]:
     named = dict(found if isinstance(found, dict) else ((f"{i:04d}", record) for i, record in enumerate(found)))
     made = []
     for name, record in named.items():
-        before = words.backdoored(record)
+        before, code_form = words.backdoored(record), _code_form(record)
         for measured in record.metrics.values():
             row = _row(record, measured, name)
+            row |= {"bec_code": code_form[measured.defense]} if measured.defense in code_form else {}
             if before is not None and row["ca"] is not None and words.rate(before.ca) is not None:
                 row["ca_loss"] = words.rate(before.ca) - row["ca"]
             made.append(row)
@@ -148,7 +192,7 @@ def rows(found) -> list[dict]:
 
 def further_columns(made) -> list[str]:
     """The further measurements that any of the rows holds, in a fixed order; those that tables show come first."""
-    names = {key for row in made for key in row if key not in COLUMNS}
+    names = {key for row in made for key in row if key not in (*COLUMNS, "model_sha256")}
     return sorted(names, key=lambda name: words.order(words.MEASURES, name))
 
 
@@ -164,11 +208,12 @@ def spread(values) -> dict:
 
 
 def _without_repeats(made) -> list[dict]:
-    """The rows less those that tell the same measurement again: several records may share one backdoored model."""
+    """The rows less those of a model that was measured before: several records may share a backdoored model or a twin."""
     told = {}
     for row in made:
+        model = row.get("model_sha256")
         same = tuple((key, value) for key, value in row.items() if key not in ("record", "seconds", "device"))
-        told.setdefault(same, row)
+        told.setdefault((row["seed"], model) if model else same, row)
     return list(told.values())
 
 

@@ -23,7 +23,7 @@ DEFENSES = {
     "base_at": "Base AT",
     "bibau_t": "BI-BAU (T)",
     "bibau_u": "BI-BAU (U)",
-    "ibu": "IBU (ideal)",
+    "ibu": "IBU (ideal, no defence)",
     "nc": "Neural Cleanse",
     "bti_dbf": "BTI-DBF",
     "anp": "ANP",
@@ -40,6 +40,7 @@ DATASETS = {"cifar10": "CIFAR-10", "gtsrb": "GTSRB", "tiny_imagenet": "Tiny-Imag
 # Further measurements that tables show; records hold more.
 MEASURES = {"r_asr": "R-ASR", "q_asr": "Q-ASR", "u_asr": "U-ASR", "s_asr": "S-ASR", "bec": "BEC"}
 REACTIVATION = ("r_asr", "q_asr")
+NETWORKS = {"resnet18": "ResNet-18", "vgg19": "VGG19", "vit_b_32": "ViT-B/32"}
 NOTHING = "–"
 
 
@@ -169,5 +170,9 @@ def reservation(record) -> str:
     basis = f"Counted on {after.asr.count:,} triggered and {after.ca.count:,} clean test images; one run, seed {record.seed}."
     tried = [f"{measure(k)} {percent(after.extra[k])}" for k in REACTIVATION if is_number(after.extra.get(k))]
     if tried:
-        return f"{basis} Re-activation was tried on the purified model: {', '.join(tried)}."
+        counted = after.extra.get("reactivation_images")
+        over = f" (of {counted:,} triggered images)" if is_number(counted) else ""
+        each = [value for value in after.extra.get("r_asr_each", []) if is_number(value)]
+        reach = f"; R-ASR of single draws {number(min(each))} to {number(max(each))}" if len(each) > 1 else ""
+        return f"{basis} Re-activation was tried on the purified model: {', '.join(tried)}{over}{reach}."
     return f"{basis} Re-activation was not tested: whether the trigger can be brought back is not known from this run."

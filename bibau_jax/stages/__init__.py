@@ -1,1 +1,1 @@
-"""The stages of an experiment, one file each: `run(this, command)`. With `bibau_jax.run` the only readers of the config."""
+"""The stages of an experiment, one file each: `run(this, command)`. What they are given is `bibau_jax.run.Run`."""

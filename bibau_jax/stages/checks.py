@@ -7,7 +7,7 @@ from functools import cached_property
 import jax
 import numpy as np
 
-from bibau_jax import checkpoint, keys, parallel, records, train
+from bibau_jax import checkpoint, keys, parallel, progress, records, train
 from bibau_jax.attacks import Attack
 from bibau_jax.data import ImageSet
 from bibau_jax.errors import UserError
@@ -131,6 +131,18 @@ def aimed_pairs(scene: Scene, count: int) -> tuple[ImageSet, ImageSet]:
     return clean, stamped(scene.attack, others, scene.attack.aim(others.labels))
 
 
+def test_pairs(scene: Scene, count: int) -> tuple[ImageSet, ImageSet]:
+    """Clean test images with true labels, and others with the trigger under the attacker's; as many of each, `count` at most.
+
+    Gradients of a network on images that it was trained on are small and point elsewhere.
+    """
+    chosen = np.flatnonzero(scene.aims != scene.test.labels)
+    count = min(count, len(chosen) // 2, len(scene.test) // 2)
+    hit = chosen[-count:]
+    rest = np.setdiff1d(np.arange(len(scene.test)), hit)[:count]
+    return scene.test.take(rest), ImageSet(scene.triggered[hit], scene.aims[hit].astype(np.int32), scene.test.ids[hit])
+
+
 # --- the checks
 
 
@@ -144,7 +156,8 @@ def retuning_attack(scene: Scene, row: str) -> dict:
     for number in range(1, section["repeats"]):  # the first one is the query attack's teacher
         shutil.rmtree(scene.this.folder / _journal(scene, row, f"retuned_{number}").stage, ignore_errors=True)
     found = {"r_asr": float(np.mean(hit)), "r_ca": float(np.mean(kept)), "r_asr_each": hit}
-    return found | {"r_poisoned": len(for_retuning(scene.this, scene.attack, 0)[1])}
+    counted = int(np.sum(scene.aims != scene.test.labels))
+    return found | {"r_poisoned": len(for_retuning(scene.this, scene.attack, 0)[1]), "reactivation_images": counted}
 
 
 def _retune(scene: Scene, row: str, number: int):
@@ -196,7 +209,8 @@ def query_attack(scene: Scene, row: str) -> dict:
         "q_twin": _success(scene, reference, moved["triggered"]),
         "q_twin_clean": _success(scene, reference, moved["clean"]),
     }
-    return found | ({"q_queries": asked} if by_queries else {})
+    counted = {"reactivation_images": int(np.sum(scene.aims != scene.test.labels))}
+    return found | counted | ({"q_queries": asked} if by_queries else {})
 
 
 def universal_attack(scene: Scene, row: str) -> dict:
@@ -215,8 +229,9 @@ def square_attack(scene: Scene, row: str) -> dict:
     section = dict(scene.this.config["reactivate"]["square"])
     _, told = aimed_pairs(scene, section.pop("images"))
     given = (scene.this.classifier, scene.models[row], told.images, told.labels)
-    delta, asked = universal.square(keys.stream(scene.this.key, "square"), *given, **section)
-    return {f"s_{kind}": value for kind, value in _added(scene, row, delta).items()} | {"s_queries": asked}
+    label = f"reactivate/{row}/square" if parallel.is_lead() else ""
+    delta, asked = universal.square(keys.stream(scene.this.key, "square"), *given, label=label, **section)
+    return {f"s_{kind}": value for kind, value in _added(scene, row, delta).items()} | {"s_queries": asked * len(told)}
 
 
 def _added(scene: Scene, row: str, delta: np.ndarray) -> dict[str, float]:
@@ -235,14 +250,14 @@ def backdoor_existence(scene: Scene, row: str) -> dict:
 
 def gradient_angles(scene: Scene, row: str) -> dict:
     """The angle between the gradients of the clean and the backdoor task."""
-    clean, told = aimed_pairs(scene, scene.this.config["reactivate"]["orthogonality"]["images"])
+    clean, told = test_pairs(scene, scene.this.config["reactivate"]["orthogonality"]["images"])
     absolute, signed = orthogonality.orthogonality(scene.this.classifier, scene.models[row], clean, told)
     return {"orthogonality": absolute, "orthogonality_signed": signed}
 
 
 def straightness(scene: Scene, row: str) -> dict:
     """How straight the target's logit answers its channels, beside random channels."""
-    clean, told = aimed_pairs(scene, scene.this.config["reactivate"]["linearity"]["images"])
+    clean, told = test_pairs(scene, scene.this.config["reactivate"]["linearity"]["images"])
     given = (scene.this.classifier, scene.models[row], clean.images, told.images, told.labels)
     found = orthogonality.linearity(keys.stream(scene.this.key, "linearity"), *given)
     means = np.mean(list(found.values()), axis=0)
@@ -254,12 +269,14 @@ def weight_path(scene: Scene, row: str) -> dict:
     """ASR and clean accuracy on the straight line from this model to the backdoored one, with and without new statistics."""
     shares = np.linspace(0, 1, scene.this.config["reactivate"]["path"]["points"])
     found = {"path": shares.tolist(), "path_asr": [], "path_ca": [], "path_asr_recalibrated": []}
-    for share in shares:
-        variables = path.between(scene.models[row], scene.models["none"], float(share))
-        found["path_asr"].append(_success(scene, variables, scene.triggered))
-        found["path_ca"].append(_accuracy(scene, variables))
-        fresh = path.recalibrated(scene.this.classifier, variables, scene.this.splits.clean.images)
-        found["path_asr_recalibrated"].append(_success(scene, fresh, scene.triggered))
+    with progress.bar(len(shares), f"reactivate/{row}/path", unit="point", show=parallel.is_lead()) as bar:
+        for share in shares:
+            variables = path.between(scene.models[row], scene.models["none"], float(share))
+            found["path_asr"].append(_success(scene, variables, scene.triggered))
+            found["path_ca"].append(_accuracy(scene, variables))
+            fresh = path.recalibrated(scene.this.classifier, variables, scene.this.splits.clean.images)
+            found["path_asr_recalibrated"].append(_success(scene, fresh, scene.triggered))
+            bar.advance()
     return found
 
 
@@ -267,7 +284,7 @@ def features(scene: Scene, row: str) -> dict:
     """Saves what the network makes of some images, clean ones, the target's and triggered ones: <row>/features.npz."""
     count = scene.this.config["reactivate"]["features"]["images"]
     ours = np.flatnonzero(scene.aims != scene.test.labels)
-    target = np.flatnonzero(np.isin(scene.test.labels, np.unique(scene.aims[ours])))
+    target = np.flatnonzero(scene.aims == scene.test.labels)  # none in all-to-all: every class is another's target
     kinds = {
         "clean": scene.test.images[ours[:count]],
         "target": scene.test.images[target[: count // 3]],

@@ -6,6 +6,7 @@ Every model that `evaluate` measured is attacked; the numbers join its row in th
 import dataclasses
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 from bibau_jax import parallel, progress, records
@@ -15,6 +16,9 @@ from bibau_jax.reactivation import query
 from bibau_jax.run import Run, update
 from bibau_jax.stages import checks, evaluate
 
+FREE = {"checks": ""}  # which checks were made changes none of them
+AT_MOST = (("query", "epsilon", 255), ("universal", "epsilon", 255), ("square", "epsilon", 255), ("bec", "share", 1))
+AT_MOST += (("retuning", "momentum", 0.999), ("query", "momentum", 0.999))
 MAY_BE_ZERO = ("poisoned", "layers", "momentum", "centre", "alpha")  # of the settings
 
 
@@ -28,6 +32,7 @@ def run(this: Run, command: str) -> None:
             raise UserError(f'the model "{row}" has no measurements yet; run the stage "evaluate" first')
     if "clean" not in models and (lost := [check for check in asked if CHECKS[check].twin]):
         progress.say(f"reactivate: without {', '.join(lost)}, for want of a clean twin", show=parallel.is_lead())
+    told = _shared(this, command, models, told)
     missing = [
         (row, check)
         for row, one in models.items()
@@ -43,6 +48,25 @@ def run(this: Run, command: str) -> None:
         with cost.measure() as spent:
             found = CHECKS[check].measure(scene, row)
         _note(this, command, models[row].name, f"reactivate/{row}", found, spent)
+
+
+def _shared(this: Run, command: str, models: dict, told: dict) -> dict:
+    """The measurements with what the run that the backdoored model is taken from found out about it and about the twin."""
+    other = this.config["implant"]["reuse"]
+    path = Path(other).expanduser() / "record.json"
+    if not other or not path.exists():
+        return told
+    theirs = records.read(path)
+    if theirs.config.get("reactivate", {}) | FREE != this.config["reactivate"] | FREE:
+        return told
+    taken = {}
+    for name in (models[row].name for row in ("none", "clean") if row in models):
+        same = theirs.metrics.get(name)
+        if same is not None and same.extra.get("model_sha256") == told[name].extra["model_sha256"]:
+            taken[name] = dataclasses.replace(told[name], extra=same.extra | told[name].extra)
+    if any(taken[name] != told[name] for name in taken):
+        update(this, command, metrics=taken)
+    return told | taken
 
 
 def _note(this: Run, command: str, name: str, stage: str, found: dict, spent) -> None:
@@ -98,12 +122,17 @@ CHECKS = {
 def check(this: Run) -> None:
     """Raises `UserError` on the first setting of the checks that is asked for and cannot be used."""
     section, asked = this.config["reactivate"], chosen(this.config)
+    if "query" in asked and section["query"]["gradient"] == "white_box":
+        asked = [*asked, "retuning"]  # which makes its teacher
     if section["test_size"] < 0:
         raise UserError(f"reactivate.test_size must not be negative: {section['test_size']}")
     for name in asked:
         for option, value in section.get(name, {}).items():
             if not isinstance(value, str) and (value < 0 or value == 0 and option not in MAY_BE_ZERO):
                 raise UserError(f"reactivate.{name}.{option} must be positive, got {value}")
+    for name, option, most in AT_MOST:
+        if name in asked and section[name][option] > most:
+            raise UserError(f"reactivate.{name}.{option} must be at most {most}, got {section[name][option]}")
     if "retuning" in asked:
         checks.retuning_sizes(this, this.config["attack"]["name"])
     if "query" in asked and section["query"]["gradient"] not in query.GRADIENTS:

@@ -9,4 +9,6 @@ from bibau_jax import grid
 def get_grid():
     """The paper's four attacks, on the backdoored models of configs/grids/reactivation_cpu.py where these are there."""
     ablations = {"a": {"defense.ablation": "+A", "defense.beside": ""}, "b": {"defense.ablation": "+B", "defense.beside": ""}}
-    return grid.runs("configs/cifar10_cpu.py", dict.fromkeys(("badnets", "refool", "iad", "issba"), (0,)), variants=ablations)
+    checks = {"reactivate.checks": "retuning,query,bec,orthogonality,linearity,path,features"}
+    seeds = dict.fromkeys(("badnets", "refool", "iad", "issba"), (0,))
+    return grid.runs("configs/cifar10_cpu.py", seeds, checks, ablations)

@@ -12,4 +12,5 @@ ONCE = ("refool", "wanet", "iad", "issba", "narcissus", "adap_patch", "enhanced_
 def get_grid():
     """Three seeds of four attacks, one of the others."""
     seeds = {name: (0, 1, 2) for name in THRICE} | {name: (0,) for name in ONCE}
-    return grid.runs("configs/cifar10_cpu.py", seeds)
+    checks = {"reactivate.checks": "retuning,query,bec,orthogonality,linearity,path,features"}
+    return grid.runs("configs/cifar10_cpu.py", seeds, checks)
