@@ -188,8 +188,11 @@ class _Ray:
 
 
 def _elsewhere(place: str, command: list[str], folder: str) -> Outcome:
+    """What a Ray worker does; it takes this module by its name, because started as a program it is another one."""
+    from bibau_jax import grid
+
     os.chdir(place)
-    return one(command, folder)
+    return grid.one(command, folder)
 
 
 def run(jobs: list[Job], workdir: str, engine) -> list[Outcome]:

@@ -216,3 +216,12 @@ def get_grid():
     assert sorted(entry["name"] for entry in told) == ["badnets_0", "badnets_0_more", "badnets_1", "badnets_1_more"]
     assert all(records.read(tmp_path / "runs" / entry["name"] / "record.json").metrics for entry in told)
     assert not (tmp_path / "runs" / "badnets_1_more" / "implant").exists()  # shared, not trained again
+
+
+@pytest.mark.slow
+def test_ray_runs_a_grid_too(tmp_path):
+    pytest.importorskip("ray")
+    (tmp_path / "grid.py").write_text(KILLED)
+    line = [sys.executable, "-m", "bibau_jax.grid", f"--grid={tmp_path / 'grid.py'}", f"--workdir={tmp_path / 'runs'}"]
+    assert subprocess.run([*line, "--ray=local"], cwd=ROOT).returncode == 0
+    assert [count(tmp_path / "runs", name) for name in "abcd"] == [1] * 4
