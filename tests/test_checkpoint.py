@@ -263,14 +263,6 @@ def test_clear_removes_the_run_and_nothing_else(tmp_path):
     refuses(lambda: Keeper(tmp_path, every_steps=1, keep=0), tmp_path, "at least 1")
 
 
-def test_a_small_tree_is_saved_and_loaded_in_a_moment(tmp_path):
-    checkpoint.save(tmp_path / "warm", state(), {})
-    begin = time.perf_counter()
-    checkpoint.save(tmp_path / "a", state(), {})
-    checkpoint.load(tmp_path / "a", state())
-    assert time.perf_counter() - begin < 0.3
-
-
 TWO = """
 import sys, numpy as np, jax
 jax.config.update("jax_num_cpu_devices", 2)

@@ -37,7 +37,9 @@ def purify(name, backdoored, clean=None, seed=0, **options):
     options = {option: value for option, value in (QUICK | options).items() if option in known}
     clean = backdoored.clean if clean is None else clean
     if defenses.is_ideal(name):
-        options["triggered"] = ImageSet(backdoored.attack.stamp(clean.images, clean.ids), clean.labels, clean.ids)
+        fits = clean.images.shape[1:] == backdoored.classifier.image_shape
+        images = backdoored.attack.stamp(clean.images, clean.ids) if fits else clean.images
+        options["triggered"] = ImageSet(images, clean.labels, clean.ids)
     return fn(keys.root(seed), backdoored.classifier, backdoored.variables, clean, **options)
 
 
