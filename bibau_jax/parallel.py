@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -154,6 +155,20 @@ def padded(size: int, chunk: int = 1) -> int:
     """The smallest multiple of (devices x chunk) that holds `size` examples."""
     block = chunk * device_count()
     return -(-size // block) * block
+
+
+def blocks(batch_size: int, *arrays):
+    """The arrays in batches of one shape, on all devices: yields (batches, how many of their rows count).
+
+    One shape compiles once and can be shared out; the last batch is filled up with zeros.
+    """
+    size = padded(min(batch_size, len(arrays[0])))
+    for begin in range(0, len(arrays[0]), size):
+        parts = [np.asarray(array[begin : begin + size]) for array in arrays]
+        missing = size - len(parts[0])
+        if missing:
+            parts = [np.concatenate([part, np.zeros((missing, *part.shape[1:]), part.dtype)]) for part in parts]
+        yield replicate(parts), size - missing
 
 
 def sum_over_devices(fn: Callable) -> Callable:

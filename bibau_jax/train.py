@@ -328,16 +328,9 @@ def features(classifier: Classifier, variables, images, batch_size: int = 500) -
 
 
 def _in_batches(classifier, variables, images, batch_size, wanted) -> np.ndarray:
-    variables = parallel.replicate(variables)
-    batch_size = parallel.padded(min(batch_size, len(images)))
-    found = []
-    for begin in range(0, len(images), batch_size):
-        part = np.asarray(images[begin : begin + batch_size])
-        short = batch_size - len(part)
-        # Every call has one shape, so that it compiles once; the padding is cut off again.
-        part = np.concatenate([part, np.zeros((short, *part.shape[1:]), part.dtype)]) if short else part
-        made = _outputs(classifier, variables, parallel.replicate(part))[wanted]
-        found.append(parallel.gather(made)[: batch_size - short])
+    variables, found = parallel.replicate(variables), []
+    for (pixels,), count in parallel.blocks(batch_size, images):
+        found.append(parallel.gather(_outputs(classifier, variables, pixels)[wanted])[:count])
     return np.concatenate(found)
 
 

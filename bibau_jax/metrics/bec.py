@@ -6,7 +6,6 @@ is scaled so that the backdoored model is 1 and a clean twin 0.
 """
 
 import math
-from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -64,7 +63,8 @@ def trigger_activated_change(classifier: Classifier, variables, clean, triggered
     same uint8 images [N, H, W, C] without and with the trigger.
     """
     sums, variables = None, parallel.replicate(variables)
-    for first, second, counted in _blocks(clean, triggered):
+    for (first, second), count in parallel.blocks(BATCH, clean, triggered):
+        counted = (np.arange(len(first)) < count).astype(np.float32)
         found = parallel.gather(_tac_of_batch(classifier, variables, first, second, counted))
         found = jax.tree.map(lambda leaf: leaf.astype(np.float64), found)
         sums = found if sums is None else jax.tree.map(np.add, sums, found)
@@ -99,10 +99,10 @@ def linear_cka(one: np.ndarray, other: np.ndarray) -> float:
 def grams(classifier: Classifier, variables, images, channels: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The centred Gram matrix of the chosen channels of every layer over uint8 images [N, H, W, C]."""
     parts, variables = {name: [] for name in channels}, parallel.replicate(variables)
-    for pixels, _, counted in _blocks(images, images):
+    for (pixels,), count in parallel.blocks(BATCH, images):
         found = parallel.gather(_chosen_features(classifier, variables, pixels, channels))
         for name, values in found.items():
-            parts[name].append(values[: int(counted.sum())])
+            parts[name].append(values[:count])
     return {name: centred_gram(np.concatenate(values)) for name, values in parts.items()}
 
 
@@ -148,14 +148,3 @@ def code_form(similarities: dict[str, float], twin: float) -> dict[str, float]:
 def squashed(value: float, steepness: float, centre: float) -> float:
     """The sigmoid 1 / (1 + exp(-k (z - z0))) that the paper shows BEC through; its constants are lost in the text."""
     return 1 / (1 + math.exp(-steepness * (value - centre)))
-
-
-def _blocks(one: Sequence, other: Sequence):
-    """Pairs of batches of one size with a flag for each row that counts; the last one is filled up."""
-    size = parallel.padded(min(BATCH, len(one)))
-    for begin in range(0, len(one), size):
-        pair = [np.asarray(images[begin : begin + size]) for images in (one, other)]
-        missing = size - len(pair[0])
-        counted = np.arange(size) < len(pair[0])
-        pair = [np.concatenate([p, np.zeros((missing, *p.shape[1:]), p.dtype)]) for p in pair]
-        yield *map(parallel.replicate, pair), counted.astype(np.float32)

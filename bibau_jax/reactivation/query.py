@@ -167,11 +167,8 @@ def _applied(params, pixels, *, epsilon, hidden):
 
 def apply(params, images: np.ndarray, *, epsilon: float = 16.0, hidden: int = 1024, batch_size: int = 500) -> np.ndarray:
     """uint8 images [N, H, W, C] with their perturbations, rounded to uint8 within the budget."""
-    size, made = parallel.padded(min(batch_size, len(images))), []
-    for begin in range(0, len(images), size):
-        part = images[begin : begin + size].astype(np.float32)
-        missing = size - len(part)
-        whole = parallel.replicate(np.concatenate([part, np.zeros((missing, *part.shape[1:]), part.dtype)]))
-        moved = parallel.gather(_applied(params, whole, epsilon=epsilon, hidden=hidden))
-        made.append(np.clip(moved[: len(part)], 0, 255).astype(np.uint8))
+    made = []
+    for (pixels,), count in parallel.blocks(batch_size, images.astype(np.float32)):
+        moved = parallel.gather(_applied(params, pixels, epsilon=epsilon, hidden=hidden))
+        made.append(np.clip(moved[:count], 0, 255).astype(np.uint8))
     return np.concatenate(made)

@@ -36,6 +36,11 @@ class Scene:
         """The test images with and without the trigger, each of which may be perturbed."""
         return {"triggered": self.triggered, "clean": self.test.images}
 
+    @property
+    def counted(self) -> dict[str, int]:
+        """How many triggered test images a rate of success is over, as the record tells it."""
+        return {"reactivation_images": int(np.sum(self.aims != self.test.labels))}
+
     @cached_property
     def pairs_for_bec(self) -> tuple[np.ndarray, np.ndarray]:
         """Attackable test images without and with the trigger."""
@@ -156,8 +161,8 @@ def retuning_attack(scene: Scene, row: str) -> dict:
     for number in range(1, section["repeats"]):  # the first one is the query attack's teacher
         shutil.rmtree(scene.this.folder / _journal(scene, row, f"retuned_{number}").stage, ignore_errors=True)
     found = {"r_asr": float(np.mean(hit)), "r_ca": float(np.mean(kept)), "r_asr_each": hit}
-    counted = int(np.sum(scene.aims != scene.test.labels))
-    return found | {"r_poisoned": len(for_retuning(scene.this, scene.attack, 0)[1]), "reactivation_images": counted}
+    poisoned, _ = retuning_sizes(scene.this, scene.attack.name)
+    return found | {"r_poisoned": poisoned} | scene.counted
 
 
 def _retune(scene: Scene, row: str, number: int):
@@ -209,8 +214,7 @@ def query_attack(scene: Scene, row: str) -> dict:
         "q_twin": _success(scene, reference, moved["triggered"]),
         "q_twin_clean": _success(scene, reference, moved["clean"]),
     }
-    counted = {"reactivation_images": int(np.sum(scene.aims != scene.test.labels))}
-    return found | counted | ({"q_queries": asked} if by_queries else {})
+    return found | scene.counted | ({"q_queries": asked} if by_queries else {})
 
 
 def universal_attack(scene: Scene, row: str) -> dict:
