@@ -54,6 +54,10 @@ def check(run: Run, wanted: list[str]) -> None:
     for name, kind in {"stages": int, "mean": (int, float), "std": (int, float)}.items():
         if not config["model"][name] or not all(isinstance(value, kind) for value in config["model"][name]):
             raise UserError(f"model.{name} takes {'whole ' * (kind is int)}numbers, not {config['model'][name]}")
+    if config["measured_on"] not in ("test", "validation"):
+        raise UserError(f'measured_on "{config["measured_on"]}" is unknown; choose test or validation')
+    if config["measured_on"] == "validation" and config["data"]["validation_size"] == 0:
+        raise UserError("measured_on=validation needs data.validation_size above 0")
     # From here on the data set is read, which is where the classes and the sizes are.
     for row in run.rows:
         if hasattr(defenses.get(row), "check"):

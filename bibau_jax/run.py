@@ -41,6 +41,11 @@ class Run:
         sizes = {name: self.config["data"][name] for name in ("train_size", "clean_size", "validation_size")}
         return splits.divide(keys.stream(self.key, "data"), self.dataset.train, **sizes)
 
+    @property
+    def measured(self) -> data.ImageSet:
+        """The images that models are measured on: the test set, or the held-out images of `splits` for choosing settings."""
+        return self.splits.validation if self.config["measured_on"] == "validation" else self.dataset.test
+
     @cached_property
     def classifier(self) -> models.Classifier:
         section = dict(self.config["model"])
@@ -148,6 +153,12 @@ def write_arrays(path: Path, arrays: dict) -> None:
             np.savez_compressed(file, **arrays)
         part.replace(path)
     parallel.wait(path.name)
+
+
+def measured_so_far(this: Run) -> dict[str, records.Measurement]:
+    """What the run's record says of its models; {} before it is written."""
+    path = this.folder / "record.json"
+    return records.read(path).metrics if path.exists() else {}
 
 
 def update(this: Run, command: str, *, stages: dict | None = None, metrics: dict | None = None) -> None:

@@ -12,6 +12,7 @@ def get_config() -> ConfigDict:
     config.seed = 0  # everything random is folded from it
     config.stages = "implant,purify,evaluate,reactivate,report"  # what to do; finished work is skipped
     config.compute = "auto"  # bfloat16 on GPU/TPU and float32 on the CPU; or one of them by name
+    config.measured_on = "test"  # or validation: for choosing settings, which must never be done on test images
     config.tensorboard = False  # mirror metrics.jsonl to TensorBoard (needs the extra [tensorboard])
     config.checkpoint_every = 200  # steps between checkpoints of a training in progress (GPU/TPU: at ends of epochs)
 

@@ -210,6 +210,20 @@ def test_what_is_known_of_a_shared_model_and_twin_is_taken_over(attacked, tiny_c
     assert last.metrics["purified"].extra["r_asr_each"] and "reactivate/ft" in last.stages
 
 
+def test_settings_may_be_chosen_on_images_that_are_held_out(attacked, tiny_config, tmp_path):
+    config, folder, record = attacked
+    changes = workdir.flat(config) | {"implant.reuse": str(folder), "implant.clean_twin": str(folder), "defense.beside": ""}
+    config = tiny_config(changes | {"measured_on": "validation", "reactivate.checks": "retuning"})
+    last = experiment.run(config, str(tmp_path / "run"))
+    held_out = experiment.Run(config, tmp_path).splits.validation
+    others = int(np.sum(held_out.labels != 0))
+    for row in last.metrics.values():
+        assert (row.ca.count, row.asr.count) == (len(held_out), others) == (20, others)
+    told = last.metrics["clean"].extra
+    assert told["reactivation_images"] == others != record.metrics["clean"].extra["reactivation_images"]
+    assert "reactivate/clean" in last.stages  # what the other run found on test images is not taken over
+
+
 def test_a_run_does_not_mind_other_settings_of_attacks_that_are_not_its_own(copy, tiny_config):
     _, folder, record = copy
     assert experiment.run(tiny_config(WITH_ALL | {"attack.wanet.strength": 3.0}), str(folder)).metrics == record.metrics
@@ -252,6 +266,8 @@ def test_without_a_clean_twin_the_checks_that_need_one_are_left_out_and_said_so(
         ({"reactivate.checks": "bec", "reactivate.bec.share": 3.0}, "reactivate.bec.share must be at most 1"),
         ({"reactivate.test_size": -1}, "reactivate.test_size must not be negative"),
         ({"defense.name": "ibu"}, "sees the trigger and is no defence"),
+        ({"measured_on": "train"}, 'measured_on "train" is unknown; choose test or validation'),
+        ({"measured_on": "validation", "data.validation_size": 0}, "needs data.validation_size above 0"),
     ],
 )
 def test_checks_that_cannot_be_made_are_refused_before_anything_is_written(changes, words, tiny_config, tmp_path):

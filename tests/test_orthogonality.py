@@ -34,7 +34,7 @@ def test_a_task_with_itself_has_no_angle_and_the_opposite_labels_have_one(backdo
 
 
 def test_gradients_are_those_of_the_kernels_without_shortcuts(backdoored):
-    paths = ["/".join(pair.conv) for pair in orthogonality.main_path(backdoored.classifier)]
+    paths = ["/".join(pair.conv) for pair in backdoored.classifier.main_path]
     assert paths == ["conv1", "layer1_0/conv1", "layer1_0/conv2"]
 
 

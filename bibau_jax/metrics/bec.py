@@ -39,12 +39,6 @@ class Existence(NamedTuple):
     similarity: dict[str, float]
 
 
-def convolutions(classifier: Classifier, taps) -> list[str]:
-    """The convolutions whose output is tapped, in the network's order, without shortcuts."""
-    ordered = ["/".join(pair.conv) for pair in classifier.norms]
-    return [name for name in ordered if name in taps]
-
-
 @partial(jax.jit, static_argnames="classifier")
 def _tac_of_batch(classifier, variables, clean, triggered, counted):
     taps = [classifier.apply(variables, parallel.shard(pixels), taps=True).taps for pixels in (clean, triggered)]
@@ -115,7 +109,8 @@ def reference(
     `layers` convolutions, shortcuts left out (the paper: 10 of ResNet-18; 0 for all).
     """
     tac = trigger_activated_change(classifier, backdoored, clean, triggered)
-    channels = {name: top_channels(tac[name], share) for name in convolutions(classifier, tac)[-layers:]}
+    compared = ["/".join(pair.conv) for pair in classifier.main_path][-layers:]
+    channels = {name: top_channels(tac[name], share) for name in compared}
     ends = [grams(classifier, variables, triggered, channels) for variables in (backdoored, twin)]
     return Reference(channels, ends[0], {name: linear_cka(ends[1][name], ends[0][name]) for name in channels})
 

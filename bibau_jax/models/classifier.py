@@ -56,6 +56,11 @@ class Classifier:
         (logits, features), changed = result if mutable else (result, {})
         return Outputs(logits, features, changed.get("batch_stats"), _flat_taps(changed["taps"]) if taps else None)
 
+    @property
+    def main_path(self) -> tuple[NormOfConv, ...]:
+        """`norms` in order, without those of shortcuts."""
+        return tuple(pair for pair in self.norms if not any("shortcut" in name for name in pair.conv))
+
     def head_kernel(self, params) -> jax.Array:
         """The weights W of the linear head, [D, classes]."""
         for name in self.head:

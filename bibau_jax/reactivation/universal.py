@@ -115,15 +115,12 @@ def square(
     """
     check(triggered, epsilon)
     height, width, channels = triggered.shape[1:]
-    missing = parallel.padded(len(triggered)) - len(triggered)
-    pixels = np.concatenate([triggered, np.zeros((missing, *triggered.shape[1:]), np.uint8)])
-    wanted = np.concatenate([np.asarray(aims, np.int32), np.zeros(missing, np.int32)])
-    counted = (np.arange(len(pixels)) < len(triggered)).astype(np.float32)
-    placed = parallel.replicate((variables, pixels, wanted, counted))
+    ((pixels, wanted), count), *_ = parallel.blocks(len(triggered), triggered, np.asarray(aims, np.int32))  # one batch
+    variables, counted = parallel.replicate((variables, (np.arange(len(pixels)) < count).astype(np.float32)))
     rng = np.random.default_rng(np.asarray(jax.random.key_data(keys.stream(key, "squares"))).tolist())
 
     def score(delta):
-        loss, hits = jax.device_get(_score(classifier, placed[0], placed[1], placed[2], delta.astype(np.float32), placed[3]))
+        loss, hits = jax.device_get(_score(classifier, variables, pixels, wanted, delta.astype(np.float32), counted))
         return float(loss), float(hits) / len(triggered)
 
     best = np.broadcast_to(epsilon * rng.choice([-1.0, 1.0], (1, width, channels)), (height, width, channels)).copy()

@@ -116,7 +116,7 @@ def _outcome(record) -> str:
     charts = []
     for name, key, text in (
         ("Attack success rate", "asr", "triggered images that get the target class; lower is better"),
-        ("Clean accuracy", "ca", "clean test images classified right; higher is better"),
+        ("Clean accuracy", "ca", "unseen clean images classified right; higher is better"),
     ):
         rows = [
             (words.defense(m.defense), words.rate(getattr(m, key)), words.percent(words.rate(getattr(m, key))))

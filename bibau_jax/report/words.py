@@ -167,7 +167,8 @@ def reservation(record) -> str:
     after = purified(record)
     if after is None:
         return ""
-    basis = f"Counted on {after.asr.count:,} triggered and {after.ca.count:,} clean test images; one run, seed {record.seed}."
+    kind = record.config.get("measured_on", "test")
+    basis = f"Counted on {after.asr.count:,} triggered and {after.ca.count:,} clean {kind} images; one run, seed {record.seed}."
     tried = [f"{measure(k)} {percent(after.extra[k])}" for k in REACTIVATION if is_number(after.extra.get(k))]
     if tried:
         counted = after.extra.get("reactivation_images")

@@ -57,7 +57,7 @@ class Scene:
 def scene_of(this: Run, stages: dict[str, str]) -> Scene:
     attack, _ = attack_as_trained(this)
     count = this.config["reactivate"]["test_size"]
-    test = this.dataset.test
+    test = this.measured
     if count and count < len(test):
         order = np.asarray(jax.random.permutation(keys.stream(this.key, "reactivate/test"), len(test)))
         test = test.take(np.sort(order[:count]))

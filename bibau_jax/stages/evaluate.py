@@ -1,4 +1,4 @@
-"""The stage that measures every model there is on the whole test set."""
+"""The stage that measures every model there is, on the whole test set (or the validation images: `measured_on`)."""
 
 import dataclasses
 from functools import partial
@@ -8,7 +8,7 @@ import numpy as np
 
 from bibau_jax import attacks, checkpoint, parallel, progress, records, train
 from bibau_jax.metrics import cost, rates
-from bibau_jax.run import Run, attack_as_trained, load_model, update, write_arrays
+from bibau_jax.run import Run, attack_as_trained, load_model, measured_so_far, update, write_arrays
 
 HARDLY = 50.0  # percent of ASR below which a backdoored model is not worth a defence
 # What the models are called in the record; other defences keep their own names, and the main one's model is "purified".
@@ -24,19 +24,17 @@ class Measured(NamedTuple):
 
 
 def run(this: Run, command: str) -> None:
-    """Clean accuracy, attack success rate and robust accuracy of every model there is, on the whole test set.
+    """Clean accuracy, attack success rate and robust accuracy of every model there is, on all of `Run.measured`.
 
     A model that was measured before keeps its numbers, those of `reactivate` too.
     """
-    found = models(this)
-    path = this.folder / "record.json"
-    told = records.read(path).metrics if path.exists() else {}
+    found, told = models(this), measured_so_far(this)
     wanted = [one for one in found.values() if not is_measured(this, one, told)]
     if not wanted and (this.folder / "strip.npz").exists():
         progress.say("evaluate: done", show=parallel.is_lead())
         return
     attack, _ = attack_as_trained(this)
-    test, metrics, predict = this.dataset.test, {}, partial(train.predict, this.classifier)
+    test, metrics, predict = this.measured, {}, partial(train.predict, this.classifier)
     with cost.measure() as spent:
         triggered, aims = attack.stamp(test.images, test.ids), attack.aim(test.labels)
         with progress.bar(len(wanted), "evaluate", unit="model", show=parallel.is_lead()) as bar:

@@ -13,7 +13,7 @@ from bibau_jax import parallel, progress, records
 from bibau_jax.errors import UserError
 from bibau_jax.metrics import cost
 from bibau_jax.reactivation import query
-from bibau_jax.run import Run, update
+from bibau_jax.run import Run, measured_so_far, update
 from bibau_jax.stages import checks, evaluate
 
 FREE = {"checks": ""}  # which checks were made changes none of them
@@ -24,9 +24,7 @@ MAY_BE_ZERO = ("poisoned", "layers", "momentum", "centre", "alpha")  # of the se
 
 def run(this: Run, command: str) -> None:
     """Runs the checks of `config["reactivate"]["checks"]` that the record lacks, model by model."""
-    asked, models = chosen(this.config), evaluate.models(this)
-    path = this.folder / "record.json"
-    told = records.read(path).metrics if path.exists() else {}
+    asked, models, told = chosen(this.config), evaluate.models(this), measured_so_far(this)
     for row, one in models.items():
         if not evaluate.is_measured(this, one, told):
             raise UserError(f'the model "{row}" has no measurements yet; run the stage "evaluate" first')
@@ -57,7 +55,8 @@ def _shared(this: Run, command: str, models: dict, told: dict) -> dict:
     if not other or not path.exists():
         return told
     theirs = records.read(path)
-    if theirs.config.get("reactivate", {}) | FREE != this.config["reactivate"] | FREE:
+    sections = [config.get("reactivate", {}) | FREE for config in (theirs.config, this.config)]
+    if sections[0] != sections[1] or theirs.config.get("measured_on", "test") != this.config["measured_on"]:
         return told
     taken = {}
     for name in (models[row].name for row in ("none", "clean") if row in models):

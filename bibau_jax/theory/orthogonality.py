@@ -35,17 +35,12 @@ def _gradient(classifier, variables, pixels, labels):
 def _kernels(classifier: Classifier, grads) -> np.ndarray:
     """The gradients of all convolutions' kernels but the shortcuts', one after the other."""
     found = []
-    for path in main_path(classifier):
+    for path in classifier.main_path:
         leaf = grads
         for name in path.conv:
             leaf = leaf[name]
         found.append(np.asarray(leaf["kernel"], np.float64).ravel())
     return np.concatenate(found)
-
-
-def main_path(classifier: Classifier) -> list:
-    """The convolutions and their norms in order, without those of shortcuts."""
-    return [pair for pair in classifier.norms if not any("shortcut" in name for name in pair.conv)]
 
 
 def angle(one: np.ndarray, other: np.ndarray) -> float:
@@ -152,7 +147,7 @@ def linearity(
     """
     aims, result = jnp.asarray(aims, jnp.int32), {}
     weights = jnp.asarray(SWEEP, jnp.float32)
-    for pair in main_path(classifier)[-layers:]:
+    for pair in classifier.main_path[-layers:]:
         chances = _attributions(classifier, variables, triggered, clean[:BASELINES], aims, key, path=pair.norm)
         count, width = int(np.ceil(share * len(chances))), len(chances)
         name = "/".join(pair.norm)

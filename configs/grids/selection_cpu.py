@@ -1,0 +1,35 @@
+"""Which settings, and which terms do what: BI-BAU (U) on validation images of the two attacks that choosing is allowed on.
+
+python -m bibau_jax.grid --grid=configs/grids/selection_cpu.py --workdir=runs/selection_cpu --jobs=2
+
+No result uses these seeds or images; docs/reproduction.md tells what was chosen by them.
+"""
+
+from bibau_jax import grid
+
+SEED = 100
+A, B = {"ablation": "+A"}, {"ablation": "+B"}
+VARIANTS = {
+    "b": B,
+    "a": A,
+    "ewc01": {"lambda_ewc": 0.1},
+    "iewc30": {"lambda_iewc": 30.0},
+    # each term alone
+    "iewc": B | {"lambda_prior": 0.0},
+    "prior": B | {"lambda_iewc": 0.0},
+    "ewc": A | {"lambda_kd": 0.0},
+    "kd": A | {"lambda_ewc": 0.0},
+    # other readings and forms
+    "true": {"unlearning_labels": "true"},
+    "hinge": {"iewc_form": "hinge"},
+}
+
+
+def get_grid():
+    """The default settings with everything beside them, then BI-BAU (U) alone with one thing changed."""
+    settings = {"measured_on": "validation", "reactivate.checks": "retuning,bec"}
+    variants = {
+        suffix: {"defense.beside": ""} | {f"defense.{name}": value for name, value in changes.items()}
+        for suffix, changes in VARIANTS.items()
+    }
+    return grid.runs("configs/cifar10_cpu.py", {"badnets": (SEED,), "blended": (SEED,)}, settings, variants)
