@@ -46,6 +46,14 @@ def settled(config: dict) -> dict:
     return config | {"attack": section | {"poison_ratio": own.get("poison_ratio", 0.0)}}
 
 
+def batch_sizes(config: dict) -> list[int]:
+    """The batch sizes of the trainings that the config asks for, for the devices to share out."""
+    named = [config["defense"]["name"], *map(str.strip, config["defense"]["beside"].split(","))]
+    own = [section.get("batch_size", 0) for name in named if isinstance(section := config["defense"].get(name), dict)]
+    most = config["data"]["clean_size"]
+    return [config["implant"]["batch_size"], *(min(size, most) for size in (config["defense"]["batch_size"], *own) if size)]
+
+
 def write_report(this: Run, command: str) -> None:
     """The page <workdir>/report.html and the closing table on the terminal, from the record alone."""
     path = this.folder / "record.json"

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bibau_jax import progress, records
-from bibau_jax.errors import UserError
+from bibau_jax.errors import NOT_APPLICABLE, UserError
 
 LOG = "grid.jsonl"  # one line a finished or failed run
 
@@ -110,16 +110,16 @@ class Outcome(NamedTuple):
     said: str
 
 
-def done(workdir: Path, jobs: list[Job]) -> set[str]:
-    """The jobs that were finished with the very command they have now, and whose record is there."""
+def done(workdir: Path, jobs: list[Job], status: int = 0) -> set[str]:
+    """The jobs that ended so with the very command they have now; of finished ones (0) the record must be there."""
     log = workdir / LOG
     told = {entry["name"]: entry for entry in records.read_lines(log)} if log.exists() else {}
     return {
         job.name
         for job in jobs
-        if told.get(job.name, {}).get("status") == 0
+        if told.get(job.name, {}).get("status") == status
         and told[job.name].get("command") == " ".join(job.command(str(workdir)))
-        and (workdir / job.name / "record.json").exists()
+        and (status or (workdir / job.name / "record.json").exists())
     }
 
 
@@ -197,13 +197,14 @@ def _elsewhere(place: str, command: list[str], folder: str) -> Outcome:
 
 def run(jobs: list[Job], workdir: str, engine) -> list[Outcome]:
     """Runs what is not done yet, each after those whose models it takes; returns the outcomes of those that failed."""
-    place, waiting, going, failed = Path(workdir), {}, {}, []
+    place, going, failed = Path(workdir), {}, []
     place.mkdir(parents=True, exist_ok=True)
     finished = done(place, jobs)
-    waiting = {job.name: job for job in jobs if job.name not in finished}
+    unfit = done(place, jobs, NOT_APPLICABLE)
+    waiting = {job.name: job for job in jobs if job.name not in finished | unfit}
     if finished:
         progress.say(f"grid: {len(finished)} of {len(jobs)} runs are recorded")
-    with progress.bar(len(jobs), "grid", unit="run", start=len(finished)) as bar:
+    with progress.bar(len(jobs), "grid", unit="run", start=len(finished | unfit)) as bar:
         while waiting or going:
             for name in [name for name, job in waiting.items() if job.needs <= finished]:
                 job = waiting.pop(name)
@@ -214,8 +215,11 @@ def run(jobs: list[Job], workdir: str, engine) -> list[Outcome]:
             for future in ended:
                 job, outcome = going.pop(future), future.result()
                 told = {"name": job.name, "status": outcome.status, "seconds": round(outcome.seconds, 1)}
-                records.append(place / LOG, **told, command=" ".join(job.command(workdir)))
-                if outcome.status == 0:
+                records.append(place / LOG, **told, said=outcome.said, command=" ".join(job.command(workdir)))
+                if outcome.status == NOT_APPLICABLE:
+                    progress.say(f"grid: {job.name}: {outcome.said.removeprefix('bibau_jax: ')}")
+                    bar.advance()
+                elif outcome.status == 0:
                     finished.add(job.name)
                     bar.advance()
                 else:
@@ -243,8 +247,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         jobs = _only(read(given.grid), given.only)
         if given.list:
-            recorded = done(Path(given.workdir), jobs)
-            print("\n".join(f"{'recorded' if job.name in recorded else 'to run  '}  {job.name}" for job in jobs))
+            ended = {name: "recorded" for name in done(Path(given.workdir), jobs)}
+            ended |= {name: "not applicable" for name in done(Path(given.workdir), jobs, NOT_APPLICABLE)}
+            print("\n".join(f"{ended.get(job.name, 'to run'):14}  {job.name}" for job in jobs))
             return 0
         if given.jobs < 1 or given.jobs > (os.cpu_count() or 1):
             raise UserError(f"--jobs={given.jobs} must lie in 1..{os.cpu_count()}, the cores of this machine")

@@ -8,7 +8,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from bibau_jax.errors import UserError
+from bibau_jax.errors import NOT_APPLICABLE, NotApplicable, UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "settings, e.g. configs/cifar10.py:blended", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run; the same command goes on where it was cut off")
@@ -22,9 +22,10 @@ DISK = {
 
 
 def fail(message) -> None:
-    """Ends the program with one line on stderr and exit status 2."""
-    sys.stderr.write(f"bibau_jax: {' '.join(str(message).split())}\n")
-    sys.exit(2)
+    """Ends the program with one line on stderr and exit status 2, or 3 where a defence cannot treat the network."""
+    said, unfit = " ".join(str(message).split()), isinstance(message, NotApplicable)
+    sys.stderr.write(f"bibau_jax: {'not applicable: ' if unfit else ''}{said}\n")
+    sys.exit(NOT_APPLICABLE if unfit else 2)
 
 
 def _config_first(flags: list[str]) -> list[str]:
@@ -80,7 +81,7 @@ def main(argv: list[str]) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     config = CONFIG.value.to_dict()
     parallel.keep_compiled()
-    parallel.use_cores(config["implant"]["batch_size"], min(config["defense"]["batch_size"], config["data"]["clean_size"]))
+    parallel.use_cores(*experiment.batch_sizes(config))
     try:
         experiment.run(config, WORKDIR.value, experiment.command_line())
     except UserError as error:

@@ -77,6 +77,13 @@ def wait(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def agreed(decision: bool) -> bool:
+    """The first process's decision, on every process: what rests on clocks may differ among them."""
+    if jax.process_count() == 1:
+        return decision
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(decision)))
+
+
 _chosen: list[int] = []  # how many devices `on_devices` allows, innermost last
 
 

@@ -60,8 +60,14 @@ def check(run: Run, wanted: list[str]) -> None:
         raise UserError("measured_on=validation needs data.validation_size above 0")
     # From here on the data set is read, which is where the classes and the sizes are.
     for row in run.rows:
-        if hasattr(defenses.get(row), "check"):
-            defenses.get(row).check(run.classifier.num_classes, **run.options(row))
+        module, options = defenses.get(row), run.options(row)
+        if hasattr(module, "check"):
+            module.check(run.classifier.num_classes, **options)
+        if hasattr(module, "check_network") and row == config["defense"]["name"]:
+            module.check_network(run.classifier)  # one that runs beside it is left out, and said so
+        if "batch_size" in config["defense"].get(row, {}):
+            taken = min(options["batch_size"], len(run.splits.clean))
+            parallel.check_batch(taken, f"defense.{row}.batch_size (of {len(run.splits.clean)} images)")
     _attack(run)
     for section, images in (("implant", run.splits.train), ("defense", run.splits.clean)):
         taken = min(config[section]["batch_size"], len(images))  # a batch is at most the whole set

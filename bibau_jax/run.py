@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import shutil
 from functools import cached_property
 from pathlib import Path
 
@@ -38,7 +39,11 @@ class Run:
 
     @cached_property
     def splits(self) -> splits.Splits:
-        sizes = {name: self.config["data"][name] for name in ("train_size", "clean_size", "validation_size")}
+        section = self.config["data"]
+        sizes = {name: section[name] for name in ("train_size", "clean_size", "validation_size")}
+        if section["clean_ratio"]:
+            total = section["train_size"] or len(self.dataset.train) - section["validation_size"]
+            sizes["clean_size"] = round(section["clean_ratio"] * total)
         return splits.divide(keys.stream(self.key, "data"), self.dataset.train, **sizes)
 
     @property
@@ -106,12 +111,13 @@ class Run:
         return train.Journal(stage, keeper, scalars, show=lead)
 
 
-def finish(this: Run, stage: str, tree, history, spent, command: str) -> None:
-    """Saves a stage's model with what it cost, then drops its checkpoints and writes the cost into the record."""
+def finish(this: Run, stage: str, tree, history, spent, command: str, told: dict | None = None) -> None:
+    """Saves a stage's model with what it cost and `told` of itself, drops its checkpoints, writes the cost into the record."""
     seconds = max(spent.seconds, sum(entry.get("seconds", 0.0) for entry in history))  # a resumed stage spent it in parts
-    info = {"seconds": seconds, "cost": dataclasses.asdict(spent) | {"seconds": seconds}}
+    info = {"seconds": seconds, "cost": dataclasses.asdict(spent) | {"seconds": seconds}, "told": told or {}}
     checkpoint.save(this.folder / stage / "model", tree, info)
-    this.journal(stage).keeper.clear()
+    if parallel.is_lead():
+        shutil.rmtree(this.journal(stage).keeper.directory, ignore_errors=True)  # those of its parts too
     update(this, command, stages={stage: records.StageCost(**info["cost"])})
 
 

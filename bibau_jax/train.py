@@ -127,14 +127,31 @@ def _apply(optimizer, grads, opt_state, params):
     return optax.apply_updates(params, updates), opt_state
 
 
+@dataclasses.dataclass
+class Clock:
+    """The time that a stage's trainings may take together: seconds of whole epochs, those before a kill too; 0 for ever."""
+
+    limit: float = 0.0
+    spent: float = 0.0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no further epoch is to begin; the first process decides for all."""
+        return self.limit > 0 and parallel.agreed(self.spent >= self.limit)
+
+
 @dataclasses.dataclass(frozen=True)
 class Journal:
-    """Where a stage of training leaves its traces: checkpoints, scalars, progress. The default leaves none."""
+    """Where a stage of training leaves its traces: checkpoints, scalars, progress; and how long it may last.
+
+    The default leaves none and has no end. Parts of a stage share its clock.
+    """
 
     stage: str = "training"
     keeper: Keeper | None = None
     scalars: Scalars | None = None
     show: bool = False
+    clock: Clock = dataclasses.field(default_factory=Clock)
 
     def part(self, name: str) -> "Journal":
         """The journal of a training within this stage, with checkpoints of its own."""
@@ -153,6 +170,7 @@ def fit(
     frozen=(),
     before_epoch: Callable | None = None,
     after_epoch: Callable | None = None,
+    stop: Callable | None = None,
     journal: Journal = Journal(),
     whole_epochs: bool | None = None,
 ):
@@ -164,6 +182,7 @@ def fit(
       data: pytree of arrays with one leading axis N, kept whole on every device; a last short batch is dropped.
       before_epoch: `(state, epoch) -> state`, e.g. to refresh a Fisher; runs only where an epoch really begins.
       after_epoch: `(state, epoch) -> dict` of further scalars for the history.
+      stop: `(history) -> bool` after an epoch, whether it was the last; the journal's clock may end it too.
       whole_epochs: one compiled call per epoch; by default on GPU and TPU. Checkpoints then fall on the ends of epochs.
       history: one dict per epoch, its seconds, the mean of every metric and what `after_epoch` adds.
 
@@ -177,8 +196,13 @@ def fit(
     state, history, tally = run.resume(state)
     whole = parallel.whole_epochs() if whole_epochs is None else whole_epochs
     done = int(state.step)
+    journal.clock.spent += math.fsum(entry["seconds"] for entry in history)
     with progress.bar(epochs * run.steps, journal.stage, start=done, show=journal.show) as bar:
         for epoch in range(done // run.steps, epochs):
+            if journal.clock.is_over or (stop is not None and history and stop(history)):
+                if journal.keeper is not None and journal.keeper.latest() != int(state.step):
+                    run.save(state, history, tally)
+                break
             begun = time.monotonic() - tally.seconds
             first = int(state.step) - epoch * run.steps
             if first == 0 and before_epoch is not None:
@@ -191,6 +215,7 @@ def fit(
             entry = tally.means() | (after_epoch(state, epoch) if after_epoch else {})
             seconds = round(time.monotonic() - begun, 3)
             history = [*history, {"epoch": epoch + 1, "step": int(state.step), "seconds": seconds, **entry}]
+            journal.clock.spent += seconds
             if journal.scalars is not None:
                 journal.scalars.write(stage=journal.stage, **history[-1])
             tally = Tally()

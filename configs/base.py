@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
     config.data.download = True  # whether a missing archive may be downloaded
     config.data.train_size = 0  # training images; 0 takes all that validation leaves
     config.data.clean_size = 2500  # the defender's clean images, drawn from the training images (5 %)
+    config.data.clean_ratio = 0.0  # as a share of the training images instead; 0 takes clean_size
     config.data.validation_size = 1000  # held-out clean images: never trained on, the only ones anything may be tuned on
     config.data.padding = 4  # random crop after this much zero padding
     config.data.flip = True  # random horizontal flip
@@ -157,6 +158,8 @@ def defense() -> ConfigDict:
     config.weight_decay = 5e-4
     config.max_grad_norm = 5.0  # BI-BAU clips the gradient's global norm at this; 0 for never
 
+    config.max_seconds = 0.0  # of whole epochs that a defence may train for; 0 for all of them
+
     config.ibu = ConfigDict({"lambda_clean": 1.0, "lambda_backdoor": 1.0})  # lambda_c, lambda_b; lost in the paper's text
 
     # BI-BAU; base_at shares the perturbation
@@ -170,8 +173,8 @@ def defense() -> ConfigDict:
     config.pgd.start = "zero"  # or random
     config.lambda_kd = 1.0  # lambda_1, the distillation term of the E-step (A)
     config.lambda_prior = 1.0  # lambda_2, the backdoor-feature prior of the E-step (B)
-    config.lambda_ewc = 1.0  # lambda_3, EWC (A)
-    config.lambda_iewc = 30.0  # lambda_4, inverse EWC (B)
+    config.lambda_ewc = 0.1  # lambda_3, EWC (A); at 1 it holds on to the backdoor too
+    config.lambda_iewc = 10.0  # lambda_4, inverse EWC (B)
     config.alpha = 0.5  # share of the soft targets in the distillation, 0..1
     config.temperature = 4.0  # T of the distillation
     config.eta = 0.5  # share of the clean feature that the prior takes off, 0..1
@@ -181,4 +184,58 @@ def defense() -> ConfigDict:
     config.unlearning_labels = "predicted"  # labels that F^u is taken for: the backdoored model's own, or true
     config.fisher_refresh = "epoch"  # F^cl anew at the current parameters each epoch; or never
     config.fisher_chunk = 32  # per-example gradients held at a time on a device
+
+    # The others, each with its authors' settings; what a section lacks is taken from above
+    config.nc = ConfigDict({"inversion_epochs": 80, "inversion_rate": 0.1, "limit": 2.0})  # limit of the anomaly index
+    config.nc.share = 0.2  # of the clean images that carry the inverted trigger in unlearning
+    config.nc.enough = 0.99  # share of images that a trigger must send to its class
+    config.nc.patience = 5  # epochs before the mask's weight changes
+    config.nc.stop_after = 25  # epochs without a smaller mask
+    config.bti_dbf = ConfigDict({"rounds": 5, "epochs": 30, "batch_size": 128, "learning_rate": 1e-4})
+    config.bti_dbf.pretrain_epochs = 50  # of the generator
+    config.bti_dbf.mask_epochs = 20
+    config.bti_dbf.generator_epochs = 30
+    config.bti_dbf.width = 32  # channels of the generator at full size
+    config.bti_dbf.generator_rate = 1e-3
+    config.bti_dbf.mask_rate = 0.01
+    config.bti_dbf.share = 0.1  # of a batch that is replaced by reversed images
+    config.pam = ConfigDict(config.bti_dbf.to_dict() | {"rounds": 3, "learning_rate": 0.01, "momentum": 0.1, "share": 0.2})
+    config.pam.rho = 0.5  # how far towards the backdoored weights gradients are taken, L2
+    config.anp = ConfigDict({"iterations": 2000, "batch_size": 128, "learning_rate": 0.2, "momentum": 0.9})
+    config.anp.epsilon = 0.4  # of the noise on scales and biases
+    config.anp.noise_steps = 1
+    config.anp.alpha = 0.2  # share of the loss without noise
+    config.anp.threshold = 0.0  # of the masks; 0 takes the largest that costs at most max_loss of held-out clean accuracy
+    config.anp.max_loss = 0.05
+    config.rnp = ConfigDict({"batch_size": 128, "momentum": 0.9, "weight_decay": 5e-4, "max_grad_norm": 20.0})
+    config.rnp.unlearn_epochs = 20
+    config.rnp.unlearn_rate = 0.01
+    config.rnp.unlearned = 0.2  # accuracy at which unlearning ends
+    config.rnp.recover_epochs = 20
+    config.rnp.recover_rate = 0.2
+    config.rnp.alpha = 0.2  # scale of the recovering loss
+    config.rnp.threshold = 0.0  # as for anp
+    config.rnp.max_loss = 0.05
+    config.clp = ConfigDict({"u": 3.0})  # standard deviations above a layer's mean
+    config.ep = ConfigDict({"images": 500, "width": 0.01, "u": 3.0, "zero_bias": False})  # bins' width; prune biases too
+    config.bnp = ConfigDict({"images": 500, "u": 3.0})
+    config.i_bau = ConfigDict({"epochs": 5, "batch_size": 100, "learning_rate": 1e-3})
+    config.i_bau.inner_rate = 10.0  # of the perturbation's ascent, 0..1 scale
+    config.i_bau.map_rate = 0.1  # of the map whose fixed point the hypergradient takes
+    config.i_bau.penalty = 1e-3
+    config.i_bau.radius = 10.0  # of the perturbation, L2 on the 0..1 scale; 0 for none
+    config.i_bau.share = 0.01  # of a batch's images that carry it
+    config.i_bau.terms = 5  # of the Neumann series
+    config.sau = ConfigDict({"epochs": 100, "batch_size": 256, "learning_rate": 1e-4})
+    config.sau.epsilon = 51.0  # l-infinity, 0..255
+    config.sau.step_size = 51.0
+    config.sau.steps = 5
+    config.sau.lambda_adversarial = 0.01
+    config.sau.lambda_shared = 1.0
+    config.sau.lambda_unlearning = 1.0
+    config.sau.train_mode = False  # BatchNorm on batch statistics in the update
+    config.nad = ConfigDict({"epochs": 20, "batch_size": 64, "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 1e-4})
+    config.nad.teacher_epochs = 10
+    config.nad.teacher_rate = 0.01
+    config.nad.betas = (500.0, 1000.0, 1000.0)  # of the last stages' attention maps
     return config

@@ -48,6 +48,4 @@ def get_config(attack: str = "badnets"):
     config.defense.pgd.steps = 5
     config.defense.pgd.step_size = 15.0
     config.defense.pgd.epsilon = 50.0
-    config.defense.lambda_ewc = 0.5
-    config.defense.lambda_iewc = 10.0
     return config

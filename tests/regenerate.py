@@ -1,5 +1,6 @@
 """Writes tests/goldens anew from the code as it is: `python -m tests.regenerate`; look at what changed before keeping it."""
 
+import inspect
 import json
 import os
 from pathlib import Path
@@ -11,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bibau_jax import attacks, keys, models, parallel, train
+from bibau_jax import attacks, defenses, keys, models, parallel, train
 from bibau_jax.attacks import iad, issba
+from bibau_jax.data import ImageSet
 from bibau_jax.defenses import bibau
 
 FOLDER = Path(__file__).parent / "goldens"
@@ -78,6 +80,37 @@ def bibau_steps() -> dict[str, list[dict[str, float]]]:
     return found
 
 
+# A few steps of the defences that have no golden of their own.
+_ROUNDS = {"rounds": 1, "pretrain_epochs": 1, "mask_epochs": 1, "generator_epochs": 1, "epochs": 1, "width": 2}
+QUICK = {
+    "ft": {"epochs": 2},
+    "anp": {"iterations": 2, "threshold": 0.9, "learning_rate": 0.5},
+    "rnp": {"unlearn_epochs": 1, "recover_epochs": 1, "threshold": 0.99},
+    "clp": {"u": 0.5},
+    "ep": {"u": 0.5, "width": 0.5},
+    "bnp": {"u": 0.5},
+    "i_bau": {"epochs": 1, "radius": 1.0},
+    "sau": {"epochs": 1, "steps": 2},
+    "nad": {"epochs": 1, "teacher_epochs": 1},
+    "nc": {"inversion_epochs": 2, "enough": 0.01, "limit": 0.1, "epochs": 1},
+    "bti_dbf": _ROUNDS,
+    "pam": _ROUNDS,
+}
+
+
+def few_steps(name: str) -> dict[str, float]:
+    """What a defence makes of the small case in a few steps: the sum of all values' magnitudes, and its last loss."""
+    classifier, backdoored, _, images, labels = small_case()
+    clean = ImageSet(images, labels, np.arange(len(labels), dtype=np.int32))
+    options = QUICK[name] | ({"poisoned": clean} if defenses.is_informed(name) else {})
+    known = inspect.signature(defenses.get(name).purify).parameters
+    options |= {"batch_size": 4, "padding": 1, "flip": False}
+    options = {option: value for option, value in options.items() if option in known}
+    found = defenses.get(name).purify(keys.root(0), classifier, backdoored, clean, **options)
+    sizes = sum(float(np.abs(leaf).sum()) for leaf in jax.tree.leaves(jax.device_get(found.variables)))
+    return {"size": sizes, "loss": found.history[-1]["loss"] if found.history else 0.0}
+
+
 def loud(learned: dict) -> dict:
     """ISSBA's networks with an image that varies: as they begin it is grey all over, whatever they are shown."""
     image = learned["encoder"]["image"]
@@ -113,7 +146,8 @@ def main() -> None:
     """Writes every golden file."""
     FOLDER.mkdir(exist_ok=True)
     with parallel.on_devices(1):
-        for name, make in (("resnet18", resnet18), ("bibau", bibau_steps)):
+        runs = ("defenses", lambda: {name: few_steps(name) for name in QUICK})
+        for name, make in (("resnet18", resnet18), ("bibau", bibau_steps), runs):
             (FOLDER / f"{name}.json").write_text(json.dumps(make(), indent=1) + "\n")
             print(f"wrote {FOLDER / name}.json")
         np.savez_compressed(FOLDER / "stamps.npz", **stamps())

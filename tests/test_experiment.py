@@ -12,10 +12,10 @@ import numpy as np
 import optax
 import pytest
 
-from bibau_jax import attacks, checkpoint, experiment, keys, records, train, workdir
+from bibau_jax import attacks, checkpoint, defenses, experiment, keys, records, train, workdir
 from bibau_jax.attacks import badnets, issba
 from bibau_jax.data import splits
-from bibau_jax.errors import UserError
+from bibau_jax.errors import NotApplicable, UserError
 from bibau_jax.stages import checks, evaluate
 
 WITH_ALL = {"implant.clean_twin": "train", "defense.beside": "ft"}
@@ -430,6 +430,36 @@ def test_a_damaged_record_is_found_before_anything_is_computed(copy):
     with pytest.raises(UserError, match="record.json is not a record: not valid JSON"):
         experiment.run(config, str(folder))
     assert snapshot(folder) == before
+
+
+def test_every_defence_runs_beside_the_main_one_and_is_measured(finished, tiny_config, tmp_path, monkeypatch, capsys):
+    """All of them in a few steps; one that cannot treat the network is left out, and said so."""
+    _, folder, _ = finished
+    quick = {"epochs": 1, "teacher_epochs": 1, "inversion_epochs": 1, "iterations": 1, "unlearn_epochs": 1, "recover_epochs": 1}
+    section = tiny_config()["defense"]
+    beside = [name for name in defenses.names() if name not in ("ft", "bibau_u", "bibau_t", "base_at", "bti_dbf", "pam", "nad")]
+    changes = {
+        f"defense.{n}.{o}": v for n in beside for o, v in quick.items() if isinstance(section.get(n), dict) and o in section[n]
+    }
+    changes |= {"implant.reuse": str(folder), "defense.name": "ft", "defense.beside": ",".join([*beside, "nad"])}
+
+    def refuse(classifier):
+        raise NotApplicable("this network has no stages")
+
+    monkeypatch.setattr(defenses.get("nad"), "check_network", refuse)
+    record = experiment.run(tiny_config(changes), str(tmp_path / "run"))
+    assert record.metrics.keys() == {"backdoored", "purified", *beside}
+    assert "purify/nad: not applicable: this network has no stages" in "".join(capsys.readouterr())
+    assert record.metrics["anp"].extra["channels"] == record.metrics["ep"].extra["channels"] == 12
+    assert isinstance(record.metrics["nc"].extra["flagged"], list)
+    with np.load(tmp_path / "run" / "purify" / "nc" / "evidence.npz") as evidence:
+        assert evidence["masks"].shape == (10, 16, 16, 1)
+    assert not list((tmp_path / "run").rglob("checkpoints/*"))
+
+
+def test_the_defenders_images_may_be_a_share_of_the_training_images(tiny_config, tmp_path):
+    run = experiment.Run(tiny_config({"data.clean_ratio": 0.1}), tmp_path)
+    assert len(run.splits.clean) == 20 and len(run.splits.train) == 200
 
 
 def test_an_ablation_is_told_by_its_name(tiny_config, tmp_path):

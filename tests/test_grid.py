@@ -92,6 +92,15 @@ def test_a_run_that_fails_stops_only_those_that_need_it_and_is_told_by_its_last_
     assert "a failed: bibau_jax: the disk is full" in said and "for want of what they need: b" in said
 
 
+def test_a_defence_that_cannot_treat_the_network_is_told_and_not_run_again(tmp_path, capsys):
+    made = [Script("a", "sys.stderr.write('bibau_jax: not applicable: no norms'); sys.exit(3)"), Script("b")]
+    assert grid.run(made, str(tmp_path), grid._Local(1)) == []
+    assert grid.done(tmp_path, made) == {"b"} and grid.done(tmp_path, made, grid.NOT_APPLICABLE) == {"a"}
+    assert "grid: a: not applicable: no norms" in "".join(capsys.readouterr())
+    began = (tmp_path / "grid.jsonl").read_text()
+    assert grid.run(made, str(tmp_path), grid._Local(1)) == [] and (tmp_path / "grid.jsonl").read_text() == began
+
+
 def test_a_run_that_was_killed_is_made_again(tmp_path):
     flag = tmp_path / "flag"
     once = f"f = pathlib.Path({str(flag)!r})\nif not f.exists():\n  f.touch(); os.kill(os.getpid(), signal.SIGKILL)"

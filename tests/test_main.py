@@ -14,6 +14,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from bibau_jax import attacks, checkpoint, data, defenses, experiment, main, models, records, train
+from bibau_jax.errors import NotApplicable
 
 
 def tree(folder: pathlib.Path) -> dict:
@@ -204,6 +205,16 @@ def test_a_loss_that_is_not_finite_names_stage_and_step(started, tmp_path, monke
     monkeypatch.setattr(train, "cross_entropy", lambda logits, labels: logits.sum(-1) * np.nan)
     status, line = started(tmp_path / "run", stages="implant")
     assert status == 2 and line.startswith("bibau_jax: implant: the loss is nan at step 1; nothing was saved yet;")
+
+
+def test_a_defence_that_cannot_treat_the_network_ends_in_a_status_of_its_own(started, tmp_path, monkeypatch):
+    def refuse(classifier):
+        raise NotApplicable("this network has no norms")
+
+    monkeypatch.setattr(defenses.get("anp"), "check_network", refuse)
+    status, line = started(tmp_path / "run", {"defense.name": "anp"})
+    assert status == 3 and line == "bibau_jax: not applicable: this network has no norms"
+    assert not (tmp_path / "run").exists()
 
 
 # --- the command line itself, in processes of their own

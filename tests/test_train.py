@@ -246,6 +246,24 @@ def test_every_step_has_a_key_of_its_own():
     assert len(drawn) == len(set(drawn)) == 10
 
 
+def test_a_training_may_end_when_its_history_says_so_and_is_then_done(tmp_path):
+    ends = {"epochs": 4, "stop": lambda history: len(history) == 2, "journal": train.Journal(keeper=Keeper(tmp_path, 100))}
+    state, history = count(**ends)
+    assert int(state.step) == 10 and len(history) == 2
+    again, told = count(**ends)
+    assert int(again.step) == 10 and timeless(told) == timeless(history) and float(again.total) == float(state.total)
+
+
+def test_the_time_of_a_stage_is_shared_by_its_parts_and_counts_that_before_a_kill(tmp_path):
+    journal = train.Journal(keeper=Keeper(tmp_path, 100), clock=train.Clock(1e-9))
+    state, history = count(epochs=4, journal=journal.part("first"))
+    assert len(history) == 1 and journal.clock.spent == history[0]["seconds"]
+    assert count(epochs=4, journal=journal.part("second"))[1] == []  # nothing is left for it
+    anew = train.Journal(keeper=Keeper(tmp_path, 100), clock=train.Clock(1e-9))
+    assert len(count(epochs=4, journal=anew.part("first"))[1]) == 1 and anew.clock.is_over
+    assert len(count(epochs=4, journal=train.Journal(clock=train.Clock(3600)))[1]) == 4
+
+
 def test_a_last_short_batch_is_dropped_and_a_large_batch_is_the_whole_set():
     assert [entry["step"] for entry in count(batch_size=4)[1]] == [2, 4]
     state, history = count(batch_size=64)

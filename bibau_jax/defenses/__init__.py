@@ -5,12 +5,12 @@ import inspect
 import pkgutil
 from types import ModuleType
 
-from bibau_jax.defenses.protocol import Ideal, Purified
+from bibau_jax.defenses.protocol import Ideal, Informed, Purified
 from bibau_jax.errors import unknown
 
-__all__ = ["Ideal", "Purified", "get", "is_ideal", "names"]
+__all__ = ["Ideal", "Informed", "Purified", "get", "is_ideal", "is_informed", "names"]
 
-NOT_DEFENSES = {"protocol", "bibau"}  # bibau is the method itself; bibau_u and bibau_t are its two modes
+NOT_DEFENSES = {"protocol", "bibau", "pruning", "inversion"}  # bibau is the method, bibau_u and bibau_t are its two modes
 
 
 def names() -> list[str]:
@@ -28,3 +28,8 @@ def get(name: str) -> ModuleType:
 def is_ideal(name: str) -> bool:
     """Whether it asks for triggered images: a reference that defences are measured by, none itself."""
     return "triggered" in inspect.signature(get(name).purify).parameters
+
+
+def is_informed(name: str) -> bool:
+    """Whether it asks for poisoned training images, which most defenders do not have."""
+    return "poisoned" in inspect.signature(get(name).purify).parameters

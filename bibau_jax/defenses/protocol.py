@@ -2,8 +2,11 @@
 
 `purify(key, classifier, variables, clean, *, held_out=None, journal=..., **options) -> Purified`. `clean` is the
 defender's small labelled set, `held_out` more clean images to watch (never trained on). A defence never sees the
-trigger, the poisoned data, the test set or the attack success rate. A module may also have `check(num_classes, **options)`,
-which raises `UserError` on a setting that `purify` cannot use; it is called before anything is computed.
+trigger, the poisoned data, the test set or the attack success rate; one that does says so in its signature (`triggered`,
+`poisoned`) and in the type of what it gives back.
+
+A module may also have `check(num_classes, **options)`, which raises `UserError` on a setting that `purify` cannot use, and
+`check_network(classifier)`, which raises `NotApplicable` on a network that it cannot treat; both are called early.
 """
 
 import dataclasses
@@ -23,11 +26,20 @@ class Purified:
     """The purified model's variables and what was measured on the way, one dict an epoch.
 
     `samples`, from defences that make images: `rows` [n] of the clean set and the `adversarial` uint8 images made of them.
+    `told`: what a defence found out or chose (a threshold, how many channels it pruned, classes that it flags), for the record.
+    `evidence`: arrays to look at, e.g. reversed triggers.
     """
 
     variables: Any
     history: list[dict]
     samples: dict[str, np.ndarray] | None = None
+    told: dict[str, Any] = dataclasses.field(default_factory=dict)
+    evidence: dict[str, np.ndarray] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Informed(Purified):
+    """What a defence gives back that was given poisoned training images: it knows more than the others."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What the rest of the project knows of a network: a frozen record over a Flax linen module."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -35,7 +35,8 @@ class NormOfConv(NamedTuple):
 class Classifier:
     """An image classifier on pixels 0..255, NHWC (uint8 or float); normalisation is its first layer.
 
-    `head` is the path of the linear head, whose kernel is [D, classes]; `norms` pairs convolutions with the norm behind each.
+    `head` is the path of the linear head, whose kernel is [D, classes]; `norms` pairs convolutions with the norm behind each;
+    `stages` are the modules whose outputs end the stages, the last of them what is pooled into features.
     """
 
     module: nn.Module
@@ -43,6 +44,7 @@ class Classifier:
     image_shape: tuple[int, int, int]
     head: Path = ("head",)
     norms: tuple[NormOfConv, ...] = ()
+    stages: tuple[Path, ...] = ()
 
     def init(self, key: jax.Array) -> dict:
         """Fresh variables {"params", "batch_stats"}, float32."""
@@ -61,15 +63,30 @@ class Classifier:
         """`norms` in order, without those of shortcuts."""
         return tuple(pair for pair in self.norms if not any("shortcut" in name for name in pair.conv))
 
+    def map_norms(self, params, change: Callable[[str, dict], dict]) -> dict:
+        """`params` with every norm's {"scale", "bias"} behind a convolution replaced by `change("layer1_0/bn1", them)`."""
+        for pair in self.norms:
+            params = _replaced(params, pair.norm, change("/".join(pair.norm), at(params, pair.norm)))
+        return params
+
     def head_kernel(self, params) -> jax.Array:
         """The weights W of the linear head, [D, classes]."""
-        for name in self.head:
-            params = params[name]
-        return params["kernel"]
+        return at(params, self.head)["kernel"]
 
     def in_float32(self) -> "Classifier":
         """The same network computing in float32 throughout."""
         return dataclasses.replace(self, module=self.module.clone(dtype=jnp.float32))
+
+
+def at(tree, path: Path):
+    """What lies at a path of nested dicts."""
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+def _replaced(tree, path: Path, value) -> dict:
+    return value if not path else {**tree, path[0]: _replaced(tree[path[0]], path[1:], value)}
 
 
 def _flat_taps(tree) -> dict[str, jax.Array]:

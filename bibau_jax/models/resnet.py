@@ -82,4 +82,5 @@ def resnet18(
             norms.append(NormOfConv((name, "shortcut_conv"), (name, "shortcut_bn")))
         inputs = features
     module = ResNet(num_classes, width, tuple(stages), tuple(mean), tuple(std), dtype)
-    return Classifier(module, num_classes, tuple(image_shape), norms=tuple(norms))
+    ends = tuple((f"layer{number}_{depth - 1}",) for number, depth in enumerate(stages, 1))
+    return Classifier(module, num_classes, tuple(image_shape), norms=tuple(norms), stages=ends)

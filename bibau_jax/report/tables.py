@@ -37,6 +37,9 @@ USES = {
     "ft": TRAINING,
     "ibu": (*TRAINING, "ibu"),
     "base_at": (*TRAINING, "pgd", "max_grad_norm"),
+    "nc": (*TRAINING, "nc"),
+    # The section of these holds all their settings.
+    **{name: (name,) for name in ("bti_dbf", "anp", "ep", "bnp", "rnp", "clp", "i_bau", "sau", "pam", "nad")},
 }  # of the defence's settings
 COLUMNS = (*GROUP, "settings", "seed", *RATES, "ca_loss", *(f"{r}_{part}" for r in RATES for part in ("hits", "count")))
 COLUMNS = (*COLUMNS, "seconds", *SETTINGS, "device", "record")  # every other number of a row is a further measurement
@@ -136,7 +139,7 @@ def relevant(config: dict, defense: str, reactivated: bool = True) -> dict:
             continue  # settings of other attacks, and below of other defences
         if section == "defense" and isinstance(config["defense"].get(own), dict) and own not in ("pgd", base):
             continue
-        if section == "defense" and own not in USES.get(base, (own,)):
+        if section == "defense" and own not in (*USES.get(base, (own,)), "max_seconds"):
             continue
         kept[name] = value
     return kept

@@ -27,7 +27,7 @@ DEFENSES = {
     "nc": "Neural Cleanse",
     "bti_dbf": "BTI-DBF",
     "anp": "ANP",
-    "ep": "EP",
+    "ep": "EP (sees poisoned images)",
     "bnp": "BNP",
     "rnp": "RNP",
     "clp": "CLP",

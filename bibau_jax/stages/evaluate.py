@@ -47,7 +47,7 @@ def run(this: Run, command: str) -> None:
                     records.Rate(*rates.attack_success_rate(hit, test.labels, aims)),
                     records.Rate(*rates.robust_accuracy(hit, test.labels, aims)),
                     info["seconds"],
-                    {"model_sha256": info["sha256"]},
+                    {"model_sha256": info["sha256"]} | info.get("told", {}),
                 )
                 bar.advance()
         shown = {one.name: load_model(this, one.stage)[0] for one in found.values() if one.name in ("backdoored", "purified")}

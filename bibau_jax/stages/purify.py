@@ -1,9 +1,13 @@
 """The stage that purifies the backdoored model, by the main defence and by those beside it."""
 
-from bibau_jax import defenses, keys
+import dataclasses
+
+from bibau_jax import defenses, keys, parallel, progress, train
 from bibau_jax.data import ImageSet
+from bibau_jax.errors import NotApplicable
 from bibau_jax.metrics import cost
 from bibau_jax.run import Run, attack_as_trained, finish, is_done, load_model, write_arrays
+from bibau_jax.stages.implant import poisoned_split
 
 
 def run(this: Run, command: str) -> None:
@@ -16,19 +20,35 @@ def run(this: Run, command: str) -> None:
         options = this.options(row)
         if defenses.is_ideal(row):
             options["triggered"] = _triggered(this)
-        with cost.measure() as spent:
-            purified = defenses.get(row).purify(
-                keys.stream(this.key, "purify"),  # every defence sees the same batches
-                this.classifier,
-                variables,
-                this.splits.clean,
-                held_out=this.splits.validation,
-                journal=this.journal(stage),
-                **options,
-            )
-        if purified.samples is not None:
-            write_arrays(this.folder / stage / "samples.npz", purified.samples)
-        finish(this, stage, {"variables": purified.variables}, purified.history, spent, command)
+        if defenses.is_informed(row):
+            options["poisoned"] = _poisoned(this)
+        clock = train.Clock(this.config["defense"]["max_seconds"])
+        try:
+            with cost.measure() as spent:
+                purified = defenses.get(row).purify(
+                    keys.stream(this.key, "purify"),  # every defence sees the same batches
+                    this.classifier,
+                    variables,
+                    this.splits.clean,
+                    held_out=this.splits.validation,
+                    journal=dataclasses.replace(this.journal(stage), clock=clock),
+                    **options,
+                )
+        except NotApplicable as reason:
+            if row == this.config["defense"]["name"]:
+                raise
+            progress.say(f"{stage}: not applicable: {reason}", show=parallel.is_lead())
+            continue
+        for name, arrays in (("samples", purified.samples), ("evidence", purified.evidence)):
+            if arrays is not None:
+                write_arrays(this.folder / stage / f"{name}.npz", arrays)
+        finish(this, stage, {"variables": purified.variables}, purified.history, spent, command, told=purified.told)
+
+
+def _poisoned(this: Run) -> ImageSet:
+    """The poisoned training set as the model saw it, for a defence that asks for it."""
+    split = poisoned_split(this)
+    return ImageSet(split.images, split.labels, this.splits.train.ids)
 
 
 def _triggered(this: Run) -> ImageSet:

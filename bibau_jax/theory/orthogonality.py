@@ -4,10 +4,8 @@ A backdoor whose gradients stand square on those of the clean task survives fine
 linearly can be found by turning them up.
 """
 
-from collections.abc import Callable
 from functools import partial
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +14,8 @@ from bibau_jax import keys
 from bibau_jax.data import ImageSet
 from bibau_jax.errors import UserError
 from bibau_jax.method.terms import cross_entropy
-from bibau_jax.models import Classifier
+from bibau_jax.models import Classifier, inside
+from bibau_jax.models.classifier import at
 
 SWEEP = np.round(np.arange(0.1, 3.0, 0.1), 1)  # w: how much of the mean activation is added
 BASELINES = 16  # clean activations that attributions are taken against
@@ -36,10 +35,7 @@ def _kernels(classifier: Classifier, grads) -> np.ndarray:
     """The gradients of all convolutions' kernels but the shortcuts', one after the other."""
     found = []
     for path in classifier.main_path:
-        leaf = grads
-        for name in path.conv:
-            leaf = leaf[name]
-        found.append(np.asarray(leaf["kernel"], np.float64).ravel())
+        found.append(np.asarray(at(grads, path.conv)["kernel"], np.float64).ravel())
     return np.concatenate(found)
 
 
@@ -69,28 +65,16 @@ def orthogonality(
     return float(np.mean(absolute)), float(np.mean(signed))
 
 
-def with_output(classifier: Classifier, variables, pixels, path: tuple[str, ...], change: Callable) -> jax.Array:
-    """Logits of the network in which the module at `path` gives `change(its output)` instead of its output."""
-
-    def intercept(call, arguments, options, context):
-        given = call(*arguments, **options)
-        return change(given) if context.method_name == "__call__" and context.module.path == path else given
-
-    with nn.intercept_methods(intercept):
-        return classifier.apply(variables, pixels).logits
-
-
 @partial(jax.jit, static_argnames=("classifier", "path"))
 def _attributions(classifier, variables, triggered, baselines, aims, key, *, path):
     """Expected gradients of the target logit at a layer, [C]: the largest over space, mean over images."""
 
     def output(pixels):
-        kept = []
-        with_output(classifier, variables, pixels, path, lambda given: (kept.append(given), given)[1])
-        return kept[0].astype(jnp.float32)
+        _, found = inside.look(classifier, variables, pixels, [path])
+        return found["/".join(path)].astype(jnp.float32)
 
     def logit(activation):
-        logits = with_output(classifier, variables, triggered, path, lambda given: activation.astype(given.dtype))
+        logits = inside.replace(classifier, variables, triggered, path, lambda given: activation.astype(given.dtype)).logits
         return jnp.take_along_axis(logits, aims[:, None], 1).sum()
 
     reached, start = output(triggered), output(baselines)
@@ -112,7 +96,7 @@ def _responses(classifier, variables, triggered, aims, mask, weights, *, path):
         def turned_up(given):
             return given + (weight * given.mean(0, keepdims=True) * mask).astype(given.dtype)
 
-        logits = with_output(classifier, variables, triggered, path, turned_up)
+        logits = inside.replace(classifier, variables, triggered, path, turned_up).logits
         return jnp.take_along_axis(logits, aims[:, None], 1)[:, 0]
 
     return jax.lax.map(one, weights)

@@ -12,7 +12,7 @@ A, B = {"ablation": "+A"}, {"ablation": "+B"}
 VARIANTS = {
     "b": B,
     "a": A,
-    "ewc01": {"lambda_ewc": 0.1},
+    "ewc05": {"lambda_ewc": 0.5},
     "iewc30": {"lambda_iewc": 30.0},
     # each term alone
     "iewc": B | {"lambda_prior": 0.0},

@@ -1,0 +1,194 @@
+"""I-BAU, implicit backdoor adversarial unlearning (Zeng et al., ICLR 2022): a minimax over one universal perturbation.
+
+The perturbation that misleads the network on most clean images stands for the trigger; the network is trained against it with
+the gradient that also counts how the perturbation would answer (the implicit hypergradient, by a few fixed-point steps).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from bibau_jax import keys, parallel, train
+from bibau_jax.data import ImageSet
+from bibau_jax.defenses.protocol import Purified, as_data, check_clean, watch
+from bibau_jax.errors import UserError
+from bibau_jax.method import pgd
+from bibau_jax.method.terms import cross_entropy
+from bibau_jax.models import Classifier
+
+
+@struct.dataclass
+class State:
+    """What training changes: the parameters, and the universal perturbation `delta` [1, H, W, C] on the 0..1 scale."""
+
+    step: jax.Array
+    params: Any
+    statistics: Any
+    opt_state: Any
+    delta: jax.Array
+
+    @property
+    def variables(self) -> dict:
+        """Parameters and running statistics, as `Classifier.apply` takes them."""
+        return {"params": self.params, "batch_stats": self.statistics}
+
+
+def hypergradient(outer: Callable, contraction: Callable, delta, params, terms: int):
+    """d/dparams of outer(delta*(params), params), where delta* is the fixed point of `contraction(delta, params)`.
+
+    At `delta` near that point: grad_params outer + (d contraction / d params)^T v, with v the first `terms` of the Neumann
+    series of (I - (d contraction / d delta)^T)^-1 grad_delta outer. Returns (outer's value, the gradient).
+    """
+    value, (by_delta, by_params) = jax.value_and_grad(outer, argnums=(0, 1))(delta, params)
+    _, back_to_delta = jax.vjp(lambda d: contraction(d, params), delta)
+    _, back_to_params = jax.vjp(lambda p: contraction(delta, p), params)
+    v = jax.tree.map(jnp.zeros_like, by_delta)
+    for _ in range(terms):
+        v = jax.tree.map(jnp.add, back_to_delta(v)[0], by_delta)
+    return value, jax.tree.map(jnp.add, by_params, back_to_params(v)[0])
+
+
+def moved(images: jax.Array, delta: jax.Array) -> jax.Array:
+    """Pixels 0..255 plus a perturbation on the 0..1 scale; not clipped, as in the authors' code."""
+    return images.astype(jnp.float32) + 255.0 * delta
+
+
+def inner_step(delta, variables, images, *, classifier, inner_rate, penalty, radius):
+    """One ascent step of the perturbation on the loss of the classes that the network now predicts, less penalty |delta|^2.
+
+    It stays within the L2 ball of `radius`, if that is not 0.
+    """
+    images = parallel.shard(images)
+    labels = jnp.argmax(classifier.apply(variables, images).logits, -1)
+
+    def loss(delta):
+        logits = classifier.apply(variables, moved(images, delta)).logits
+        return -cross_entropy(logits, labels).mean() + penalty * jnp.sum(delta**2)
+
+    delta = delta - inner_rate * jax.grad(loss)(delta)
+    return pgd.project(delta, radius, "l2") if radius else delta
+
+
+def step(state, frozen, batch, key, *, classifier, optimizer, share, terms, map_rate, penalty):
+    """One optimiser step with the hypergradient on a batch, `share` of it with the perturbation; `frozen`: the first batch."""
+    chosen = jnp.arange(len(batch["labels"])) < max(1, int(share * len(batch["labels"])))
+    chosen = jax.random.permutation(key, chosen)[:, None, None, None]
+
+    def logits(params, images):
+        return classifier.apply({"params": params, "batch_stats": state.statistics}, images).logits
+
+    def outer(delta, params):
+        return cross_entropy(logits(params, moved(batch["images"], chosen * delta)), batch["labels"]).mean()
+
+    def inner(delta, params):
+        images, labels = frozen
+        return -cross_entropy(logits(params, moved(images, delta)), labels).mean() + penalty * jnp.sum(delta**2)
+
+    def contraction(delta, params):
+        return delta - map_rate * jax.grad(inner)(delta, params)
+
+    loss, grads = hypergradient(outer, contraction, state.delta, state.params, terms)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {"loss": loss, "perturbation": jnp.sqrt(jnp.sum(state.delta**2))}
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+
+def check(
+    num_classes: int,
+    *,
+    epochs: int = 5,
+    terms: int = 5,
+    share: float = 0.01,
+    inner_rate: float = 10.0,
+    map_rate: float = 0.1,
+    learning_rate: float = 1e-3,
+    penalty: float = 1e-3,
+    radius: float = 10.0,
+    **others,
+) -> None:
+    """Raises `UserError` on settings that `purify` cannot use."""
+    if (
+        epochs < 1
+        or terms < 1
+        or not 0 < share <= 1
+        or min(inner_rate, map_rate, learning_rate) <= 0
+        or min(penalty, radius) < 0
+    ):
+        raise UserError("i_bau needs epochs and terms of at least 1, share within 0..1, positive rates, no negative radius")
+
+
+def purify(
+    key: jax.Array,
+    classifier: Classifier,
+    variables,
+    clean: ImageSet,
+    *,
+    held_out: ImageSet | None = None,
+    journal: train.Journal = train.Journal(),
+    epochs: int = 5,
+    batch_size: int = 100,
+    learning_rate: float = 1e-3,
+    inner_rate: float = 10.0,
+    map_rate: float = 0.1,
+    penalty: float = 1e-3,
+    radius: float = 10.0,
+    share: float = 0.01,
+    terms: int = 5,
+) -> Purified:
+    """`epochs` rounds: the perturbation anew by one pass over the clean images, then one pass of hypergradient steps (Adam).
+
+    Args:
+      inner_rate: of the perturbation's ascent. map_rate: of the fixed-point map behind the hypergradient. penalty: weight of
+        |delta|^2.
+      radius: bound of the perturbation's L2 norm on the 0..1 scale. The paper has one; the authors' scripts, unlike their
+        notebook, leave it out, as 0 does here.
+      share: of a batch's images that carry the perturbation, at least one. terms: K of the Neumann series, which need not
+        converge.
+
+    Images on the 0..1 scale, no augmentation, BatchNorm in evaluation mode throughout. BackdoorBench takes a tenth of the
+    learning rate and batches of 256.
+    """
+    check_clean(classifier, clean)
+    check(
+        classifier.num_classes,
+        epochs=epochs,
+        terms=terms,
+        share=share,
+        inner_rate=inner_rate,
+        map_rate=map_rate,
+        learning_rate=learning_rate,
+        penalty=penalty,
+        radius=radius,
+    )
+    batch_size = min(batch_size, len(clean))
+    parallel.check_batch(batch_size, "batch_size")
+    ascend = jax.jit(partial(inner_step, classifier=classifier, inner_rate=inner_rate, penalty=penalty, radius=radius))
+
+    def anew(state, epoch):
+        delta = parallel.replicate(jnp.zeros((1, *classifier.image_shape)))
+        for begin in range(0, len(clean) // batch_size * batch_size, batch_size):
+            delta = ascend(delta, state.variables, parallel.replicate(clean.images[begin : begin + batch_size]))
+        return state.replace(delta=delta)
+
+    optimizer = optax.adam(learning_rate)
+    start = train.new_state(variables, optimizer)
+    delta = parallel.replicate(jnp.zeros((1, *classifier.image_shape)))
+    state, history = train.fit(
+        partial(step, classifier=classifier, optimizer=optimizer, share=share, terms=terms, map_rate=map_rate, penalty=penalty),
+        State(start.step, start.params, start.statistics, start.opt_state, delta),
+        as_data(clean),
+        key=keys.stream(key, "outer"),
+        epochs=epochs,
+        batch_size=batch_size,
+        frozen=(clean.images[:batch_size], clean.labels[:batch_size]),
+        before_epoch=anew,
+        after_epoch=watch(classifier, held_out),
+        journal=journal,
+    )
+    return Purified(state.variables, history)

@@ -1,0 +1,232 @@
+"""Trigger inversion by Neural Cleanse (Wang et al., IEEE S&P 2019): the smallest patch that sends every image to a class.
+
+All classes are inverted at once. A class that a much smaller patch reaches than the others is taken for the attacker's.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+
+from bibau_jax import keys, parallel, train
+from bibau_jax.data import ImageSet
+from bibau_jax.data.augment import crop_and_flip
+from bibau_jax.defenses.protocol import as_data
+from bibau_jax.errors import UserError
+from bibau_jax.method.terms import cross_entropy
+from bibau_jax.models import Classifier
+
+RAISE, LOWER = 2.0, 2.0**1.5  # what the weight of the mask is multiplied or divided by
+FIRST_WEIGHT = 1e-3
+NEVER = np.float32(1e30)  # the size of a mask that was not found yet; what is saved on the way must be finite
+
+
+@struct.dataclass
+class State:
+    """What the search changes, one row a class: logits of masks and patterns, the weight's schedule, and the best found.
+
+    `raw` {"mask" [K, H, W, 1], "pattern" [K, H, W, C]}; `hits` and `sizes` are sums over the epoch in progress.
+    """
+
+    step: jax.Array
+    raw: Any
+    opt_state: Any
+    weight: jax.Array
+    up: jax.Array
+    down: jax.Array
+    moved: jax.Array  # whether the weight was ever raised and lowered, bool [K, 2]
+    waited: jax.Array
+    hits: jax.Array
+    sizes: jax.Array
+    best_size: jax.Array
+    last_best: jax.Array
+    best: Any
+    ended: jax.Array
+
+
+class Triggers(NamedTuple):
+    """One trigger a class: masks [K, H, W, 1] in 0..1, patterns [K, H, W, C] in 0..255, sizes (sums of masks) and rates [K]."""
+
+    masks: np.ndarray
+    patterns: np.ndarray
+    sizes: np.ndarray
+    reached: np.ndarray
+
+
+def shown(raw) -> tuple[jax.Array, jax.Array]:
+    """(mask in 0..1, pattern in 0..255) from their logits."""
+    mask, pattern = (jnp.tanh(raw[name]) / (2 + 1e-7) + 0.5 for name in ("mask", "pattern"))
+    return mask, 255.0 * pattern
+
+
+def stamped(images: jax.Array, mask: jax.Array, pattern: jax.Array) -> jax.Array:
+    """(1 - m) x + m p on pixels 0..255."""
+    return (1 - mask) * images + mask * pattern
+
+
+def step(state, frozen, batch, key, *, classifier, optimizer, per_epoch, enough, patience, stop_after, padding, flip):
+    """One step for all classes on CE(f(x'), t) + weight |m|; the weights' schedule where an epoch ends."""
+    images = crop_and_flip(keys.stream(key, "augment"), batch["images"], padding=padding, flip=flip).astype(jnp.float32)
+
+    def one(raw, weight, label):
+        mask, pattern = shown(raw)
+        logits = classifier.apply(frozen, stamped(images, mask, pattern)).logits
+        size = jnp.sum(mask)
+        hit = jnp.mean(jnp.argmax(logits, -1) == label)
+        loss = cross_entropy(logits, jnp.full(len(images), label)).mean()
+        return loss + weight * size, (loss, size, hit)
+
+    classes = jnp.arange(len(state.weight))
+    grads, (loss, size, hit) = jax.vmap(jax.grad(one, has_aux=True))(state.raw, state.weight, classes)
+    updates, opt_state = jax.vmap(optimizer.update)(grads, state.opt_state, state.raw)
+    going = ~state.ended
+    raw = jax.tree.map(lambda new, old: _where(going, new, old), optax.apply_updates(state.raw, updates), state.raw)
+    state = state.replace(step=state.step + 1, raw=raw, opt_state=opt_state)
+    state = state.replace(hits=state.hits + hit, sizes=state.sizes + size)
+    ended = _end_of_epoch(state, per_epoch=per_epoch, enough=enough, patience=patience, stop_after=stop_after)
+    state = jax.lax.cond(state.step % per_epoch == 0, lambda: ended, lambda: state)
+    metrics = {"loss": loss.mean(), "reached": hit.mean(), "size": size.mean(), "searching": going.mean()}
+    return state, metrics
+
+
+def _where(chosen, new, old):
+    return jnp.where(chosen.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+
+def _end_of_epoch(state: State, *, per_epoch, enough, patience, stop_after) -> State:
+    """The best masks, the weights and who has ended, after an epoch; what has ended stays as it is."""
+    rate, size, going = state.hits / per_epoch, state.sizes / per_epoch, ~state.ended
+    good = rate >= enough
+    first = state.step == per_epoch  # kept for want of better
+    better = going & good & (size < state.best_size)
+    best = jax.tree.map(lambda new, old: _where(better | (first & going), new, old), state.raw, state.best)
+    best_size = jnp.where(better, size, state.best_size)
+    stalled = (best_size < NEVER) & (best_size >= 0.99 * state.last_best)
+    waited = jnp.where(stalled, state.waited + 1, 0)
+    up, down = jnp.where(good, state.up + 1, 0), jnp.where(good, 0, state.down + 1)
+    raised, lowered = up >= patience, down >= patience
+    weight = jnp.where(raised, jnp.maximum(state.weight * RAISE, FIRST_WEIGHT), state.weight)
+    weight = jnp.where(lowered, weight / LOWER, weight)
+    moved = state.moved | jnp.stack([raised, lowered], 1)
+    ended = state.ended | ((waited >= stop_after) & moved.all(1))
+    new = state.replace(
+        best=best,
+        best_size=best_size,
+        last_best=jnp.minimum(state.last_best, best_size),
+        waited=waited,
+        up=jnp.where(raised, 0, up),
+        down=jnp.where(lowered, 0, down),
+        weight=weight,
+        moved=moved,
+        ended=ended,
+    )
+    kept = jax.tree.map(lambda a, b: _where(going, a, b) if a.ndim else a, new, state)
+    return kept.replace(hits=jnp.zeros_like(rate), sizes=jnp.zeros_like(size), step=state.step, opt_state=state.opt_state)
+
+
+def start(key: jax.Array, classifier: Classifier, optimizer) -> State:
+    """Masks and patterns drawn uniformly from 0..1 for every class, as in the authors' code."""
+    count, (height, width, channels) = classifier.num_classes, classifier.image_shape
+
+    def draw(name, depth):
+        values = jax.random.uniform(keys.stream(key, name), (count, height, width, depth))
+        return jnp.arctanh((values - 0.5) * (2 - 1e-3))
+
+    raw = {"mask": draw("mask", 1), "pattern": draw("pattern", channels)}
+    zeros, never = jnp.zeros(count), jnp.full(count, NEVER)
+    state = State(
+        step=jnp.zeros((), jnp.int32),
+        raw=raw,
+        opt_state=jax.vmap(optimizer.init)(raw),
+        weight=jnp.full(count, FIRST_WEIGHT),
+        up=zeros,
+        down=zeros,
+        moved=jnp.zeros((count, 2), bool),
+        waited=zeros,
+        hits=zeros,
+        sizes=zeros,
+        best_size=never,
+        last_best=never,
+        best=raw,
+        ended=jnp.zeros(count, bool),
+    )
+    return parallel.replicate(jax.tree.map(jnp.array, state))  # copies: the state is donated to every step
+
+
+def check_search(epochs: int, enough: float, patience: int, stop_after: int) -> None:
+    """Raises `UserError` on settings that `invert` cannot use."""
+    if epochs < 1 or not 0 < enough <= 1 or min(patience, stop_after) < 1:
+        raise UserError("trigger inversion needs epochs, patience and stop_after of at least 1 and enough within 0..1")
+
+
+def invert(
+    key: jax.Array,
+    classifier: Classifier,
+    variables,
+    clean: ImageSet,
+    *,
+    epochs: int = 80,
+    batch_size: int = 256,
+    learning_rate: float = 0.1,
+    enough: float = 0.99,
+    patience: int = 5,
+    stop_after: int = 25,
+    padding: int = 4,
+    flip: bool = True,
+    journal: train.Journal = train.Journal(),
+) -> tuple[Triggers, list[dict]]:
+    """(the smallest trigger found for every class, history) on clean images of all classes, the network in evaluation mode.
+
+    Args:
+      enough: share of an epoch's images, 0..1, that a trigger must send to its class to count (the authors: 0.99).
+      patience: epochs in a row of (in)sufficient success after which the mask's weight is doubled (divided by 2^1.5).
+      stop_after: epochs without a smaller mask after which a class ends, once its weight was raised and lowered.
+
+    Where no mask ever counts, that of the first epoch is kept with an infinite size, and never flagged.
+    """
+    check_search(epochs, enough, patience, stop_after)
+    optimizer = optax.adam(learning_rate, b1=0.5, b2=0.9)
+    options = {"enough": enough, "patience": patience, "stop_after": stop_after, "padding": padding, "flip": flip}
+    per_epoch = max(1, len(clean) // min(batch_size, len(clean)))
+    state, history = train.fit(
+        partial(step, classifier=classifier, optimizer=optimizer, per_epoch=per_epoch, **options),
+        start(keys.stream(key, "start"), classifier, optimizer),
+        as_data(clean),
+        key=key,
+        epochs=epochs,
+        batch_size=batch_size,
+        frozen=variables,
+        stop=lambda history: history[-1]["searching"] == 0,
+        journal=journal,
+    )
+    masks, patterns = (np.asarray(part) for part in jax.device_get(shown(state.best)))
+    sizes = np.asarray(jax.device_get(state.best_size), np.float64)
+    sizes = np.where(sizes < NEVER, sizes, np.inf)
+    return Triggers(masks, patterns, sizes, _reached(classifier, variables, clean, masks, patterns)), history
+
+
+def _reached(classifier, variables, clean, masks, patterns) -> np.ndarray:
+    """The share of clean images of other classes that each trigger sends to its class, 0..1."""
+    found = []
+    for label, (mask, pattern) in enumerate(zip(masks, patterns, strict=True)):
+        others = clean.images[clean.labels != label].astype(np.float32)
+        seen = train.predict(classifier, variables, stamped(others, mask, pattern)) if len(others) else np.zeros(0)
+        found.append(float(np.mean(seen == label)) if len(others) else 0.0)
+    return np.array(found)
+
+
+def anomaly(sizes: np.ndarray) -> np.ndarray:
+    """How many (scaled) median absolute deviations each size lies *below* the median, [K]; negative above it, 0 without spread.
+
+    Infinite sizes (no trigger found) are left out of the median and are minus infinity themselves.
+    """
+    finite = sizes[np.isfinite(sizes)]
+    if not len(finite):
+        return np.full(len(sizes), -np.inf)
+    middle = np.median(finite)
+    spread = 1.4826 * np.median(np.abs(finite - middle))
+    return np.where(np.isfinite(sizes), (middle - sizes) / spread if spread > 0 else 0.0, -np.inf)

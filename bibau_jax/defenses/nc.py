@@ -1,0 +1,128 @@
+"""NC, Neural Cleanse (Wang et al., IEEE S&P 2019): finds the class with an unusually small trigger, and unlearns that trigger.
+
+A model in which no class stands out is given back as it is.
+"""
+
+from functools import partial
+
+import jax
+import numpy as np
+
+from bibau_jax import keys, train
+from bibau_jax.data import ImageSet
+from bibau_jax.defenses.inversion import anomaly, check_search, invert, stamped
+from bibau_jax.defenses.protocol import Purified, as_data, check_clean, watch
+from bibau_jax.errors import UserError
+from bibau_jax.models import Classifier
+
+
+def with_trigger(key: jax.Array, clean: ImageSet, share: float, triggers) -> ImageSet:
+    """The clean images, `share` of them replaced by stamped ones under their true labels: as many of each (mask, pattern)."""
+    count = max(len(triggers), round(share * len(clean)))
+    order = np.asarray(jax.random.permutation(key, len(clean)))[:count]
+    images = clean.images.copy()
+    for rows, (mask, pattern) in zip(np.array_split(order, len(triggers)), triggers, strict=True):
+        made = stamped(clean.images[rows].astype(np.float32), mask, pattern)
+        images[rows] = np.clip(np.round(made), 0, 255).astype(np.uint8)
+    return ImageSet(images, clean.labels, clean.ids)
+
+
+def check(
+    num_classes: int,
+    *,
+    share: float = 0.2,
+    epochs: int = 20,
+    limit: float = 2.0,
+    schedule: str = "cosine",
+    inversion_epochs: int = 80,
+    enough: float = 0.99,
+    patience: int = 5,
+    stop_after: int = 25,
+    **others,
+) -> None:
+    """Raises `UserError` on settings that `purify` cannot use."""
+    if not 0 < share <= 1 or epochs < 1 or limit <= 0:
+        raise UserError("nc needs share within 0..1, at least one epoch and a positive limit")
+    train.learning_rate_schedule(schedule, 1.0, 1)  # refuses an unknown name
+    check_search(inversion_epochs, enough, patience, stop_after)
+
+
+def purify(
+    key: jax.Array,
+    classifier: Classifier,
+    variables,
+    clean: ImageSet,
+    *,
+    held_out: ImageSet | None = None,
+    journal: train.Journal = train.Journal(),
+    inversion_epochs: int = 80,
+    batch_size: int = 256,
+    inversion_rate: float = 0.1,
+    enough: float = 0.99,
+    patience: int = 5,
+    stop_after: int = 25,
+    limit: float = 2.0,
+    share: float = 0.2,
+    epochs: int = 20,
+    learning_rate: float = 0.01,
+    schedule: str = "cosine",
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    padding: int = 4,
+    flip: bool = True,
+) -> Purified:
+    """Inverts a trigger for every class, flags those with an anomaly index above `limit`, fine-tunes on their triggers.
+
+    Args:
+      enough, patience, stop_after: see `inversion.invert`. limit: of the anomaly index (the paper: 2).
+      share: of the clean images that carry flagged triggers, true labels kept (0.2). The rest is fine-tuning.
+
+    `told` holds the classes flagged and the largest index; `evidence` masks and patterns of all classes.
+    """
+    check_clean(classifier, clean)
+    searching = {"enough": enough, "patience": patience, "stop_after": stop_after}
+    check(
+        classifier.num_classes,
+        share=share,
+        epochs=epochs,
+        limit=limit,
+        schedule=schedule,
+        inversion_epochs=inversion_epochs,
+        **searching,
+    )
+    triggers, history = invert(
+        keys.stream(key, "inversion"),
+        classifier,
+        variables,
+        clean,
+        epochs=inversion_epochs,
+        batch_size=batch_size,
+        learning_rate=inversion_rate,
+        **searching,
+        padding=padding,
+        flip=flip,
+        journal=journal.part("inversion"),
+    )
+    index = anomaly(triggers.sizes)
+    flagged = np.flatnonzero(index > limit)
+    told = {"flagged": flagged.tolist(), "anomaly_index": float(max(index.max(), -1e9))}
+    evidence = triggers._asdict() | {"index": index}
+    if not len(flagged):
+        return Purified(jax.device_get(variables), history, told=told, evidence=evidence)
+    chosen = [(triggers.masks[label], triggers.patterns[label]) for label in flagged]
+    data = with_trigger(keys.stream(key, "stamped"), clean, share, chosen)
+    steps = epochs * max(1, len(data) // min(batch_size, len(data)))
+    rate = train.learning_rate_schedule(schedule, learning_rate, steps)
+    optimizer = train.sgd(rate, momentum=momentum, weight_decay=weight_decay)
+    prepare = partial(train.augmented, padding=padding, flip=flip)
+    state, tuned = train.fit(
+        partial(train.train_step, classifier=classifier, optimizer=optimizer, prepare=prepare),
+        train.new_state(variables, optimizer),
+        as_data(data),
+        key=keys.stream(key, "unlearn"),
+        epochs=epochs,
+        batch_size=batch_size,
+        after_epoch=watch(classifier, held_out),
+        journal=journal.part("unlearn"),
+    )
+    return Purified(state.variables, [*history, *tuned], told=told, evidence=evidence)

@@ -1,0 +1,164 @@
+"""Trigger inversion: a planted patch is found where it lies, the schedule does what it says, and outliers are told."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+import pytest
+
+from bibau_jax import keys, models, parallel, train
+from bibau_jax.data import ImageSet
+from bibau_jax.defenses import inversion, nc
+from bibau_jax.errors import UserError
+
+QUICK = {"batch_size": 50, "padding": 0, "flip": False}
+
+
+class Linear(nn.Module):
+    """Logits that are linear in the pixels: every class has its own places."""
+
+    @nn.compact
+    def __call__(self, pixels, train=False):
+        flat = pixels.reshape(len(pixels), -1) / 255
+        return nn.Dense(10, name="head")(flat), flat
+
+
+@pytest.fixture(scope="module")
+def found(backdoored):
+    given = (keys.root(0), backdoored.classifier, backdoored.variables, backdoored.clean)
+    return inversion.invert(*given, epochs=60, enough=0.9, patience=2, **QUICK)
+
+
+def test_a_planted_patch_is_found_where_it_lies(digits):
+    classifier = models.Classifier(Linear(), 10, (16, 16, 1))
+    weights = np.random.default_rng(0).normal(0, 0.3, (16, 16, 10))
+    weights[13:, 13:, 3] = 6.0
+    variables = {"params": {"head": {"kernel": weights.reshape(256, 10), "bias": np.zeros(10)}}, "batch_stats": {}}
+    clean = digits.train.take(slice(0, 100))
+    triggers, _ = inversion.invert(keys.root(0), classifier, variables, clean, epochs=60, enough=0.9, patience=2, **QUICK)
+    mask = triggers.masks[3, ..., 0]
+    assert mask[13:, 13:].sum() / mask.sum() > 0.8 and triggers.reached[3] > 0.8
+    assert inversion.anomaly(triggers.sizes).argmax() == 3
+
+
+def test_the_attackers_class_needs_the_smallest_trigger_by_far(found):
+    triggers, _ = found
+    assert triggers.sizes.argmin() == 0 and triggers.reached[0] > 0.9
+    assert inversion.anomaly(triggers.sizes)[0] > 2 > inversion.anomaly(triggers.sizes)[1:].max()
+
+
+def test_what_is_found_has_the_shapes_and_ranges_that_it_says(found):
+    triggers, history = found
+    assert triggers.masks.shape == (10, 16, 16, 1) and triggers.patterns.shape == (10, 16, 16, 1)
+    assert triggers.masks.min() >= 0 and triggers.masks.max() <= 1
+    assert triggers.patterns.min() >= 0 and triggers.patterns.max() <= 255
+    np.testing.assert_array_less(triggers.sizes[np.isfinite(triggers.sizes)], 256)
+    assert history[-1]["size"] < history[0]["size"]
+
+
+def test_all_classes_at_once_are_each_class_alone(tiny, tiny_variables, digits):
+    clean = digits.train.take(slice(0, 40))
+    both, _ = inversion.invert(keys.root(3), tiny, tiny_variables, clean, epochs=2, batch_size=20, padding=0, flip=False)
+    label = int(np.flatnonzero(np.isinf(both.sizes))[0])
+    optimizer = optax.adam(0.1, b1=0.5, b2=0.9)
+    state = jax.device_get(inversion.start(keys.stream(keys.root(3), "start"), tiny, optimizer))
+    raw = jax.tree.map(lambda leaf: leaf[label], state.raw)
+    opt_state = optimizer.init(raw)
+    sizes = []
+    for epoch in range(2):
+        order = np.asarray(train._order(keys.root(3), epoch, 40, 2, 20))
+        for rows in order:
+            images = clean.images[rows].astype(np.float32)
+
+            def loss(raw, images=images):
+                mask, pattern = inversion.shown(raw)
+                logits = tiny.apply(tiny_variables, inversion.stamped(images, mask, pattern)).logits
+                wanted = -jax.nn.log_softmax(logits)[:, label].mean()
+                return wanted + 1e-3 * mask.sum()
+
+            sizes.append(float(inversion.shown(raw)[0].sum()))
+            updates, opt_state = optimizer.update(jax.grad(loss)(raw), opt_state, raw)
+            raw = jax.tree.map(lambda a, b: a + b, raw, updates)
+        if epoch == 0:  # this class is not reached so soon: what is kept is the first epoch's
+            first = jax.tree.map(np.asarray, inversion.shown(raw))
+    np.testing.assert_allclose(both.masks[label], first[0], atol=2e-4)
+    np.testing.assert_allclose(both.patterns[label], first[1], atol=0.05)
+
+
+def test_one_device_and_eight_find_the_same(tiny, tiny_variables, digits):
+    clean = digits.train.take(slice(0, 48))
+    options = {"epochs": 2, "batch_size": 24, "padding": 1, "flip": True, "enough": 0.01}
+    one, _ = inversion.invert(keys.root(3), tiny, tiny_variables, clean, **options)
+    with parallel.on_devices(8):
+        eight, _ = inversion.invert(keys.root(3), tiny, tiny_variables, clean, **options)
+    np.testing.assert_allclose(one.masks, eight.masks, atol=1e-3)
+    np.testing.assert_allclose(one.sizes, eight.sizes, rtol=1e-3)
+
+
+def test_the_weight_rises_while_triggers_reach_their_class_and_falls_while_they_do_not():
+    optimizer = optax.sgd(0.1)
+
+    class Two:
+        num_classes, image_shape = 2, (2, 2, 1)
+
+    state = inversion.start(keys.root(0), Two, optimizer)
+    weights = []
+    for _ in range(4):
+        state = state.replace(step=state.step + 3, hits=np.array([3.0, 0.0]), sizes=np.array([6.0, 6.0]))
+        state = inversion._end_of_epoch(state, per_epoch=3, enough=0.9, patience=2, stop_after=5)
+        weights.append(np.asarray(state.weight).tolist())
+    up, down = inversion.RAISE, inversion.LOWER
+    first = inversion.FIRST_WEIGHT
+    np.testing.assert_allclose(
+        weights,
+        [[first, first], [up * first, first / down]] + [[up * first, first / down], [up**2 * first, first / down**2]],
+        rtol=1e-6,
+    )
+    assert np.asarray(state.best_size).tolist() == [2.0, inversion.NEVER] and not np.asarray(state.hits).any()
+
+
+def test_the_anomaly_index_counts_scaled_deviations_below_the_median():
+    sizes = np.array([10.0, 52, 50, 48, 49, 51, 50, 53, 47, 50])
+    found = inversion.anomaly(sizes)
+    spread = 1.4826 * np.median(np.abs(sizes - 50))
+    np.testing.assert_allclose(found, (50 - sizes) / spread)
+    assert (found > 2).nonzero()[0].tolist() == [0]
+    assert not inversion.anomaly(np.full(5, 3.0)).any()
+    missing = inversion.anomaly(np.array([np.inf, 5.0, 6.0, 7.0]))
+    assert missing[0] == -np.inf and np.isfinite(missing[1:]).all()
+    assert (inversion.anomaly(np.full(3, np.inf)) == -np.inf).all()
+
+
+def test_flagged_triggers_are_stamped_on_a_share_of_the_images_under_their_true_labels(digits):
+    clean = digits.train.take(slice(0, 50))
+    whole = (np.ones((16, 16, 1), np.float32), np.full((16, 16, 1), 200.0, np.float32))
+    half = (np.full((16, 16, 1), 0.5, np.float32), np.zeros((16, 16, 1), np.float32))
+    made = nc.with_trigger(keys.root(0), clean, 0.2, [whole, half])
+    changed = (made.images != clean.images).any((1, 2, 3))
+    assert changed.sum() == 10 and (made.labels == clean.labels).all()
+    assert sum((image == 200).all() for image in made.images) == 5
+
+
+def test_a_model_in_which_no_class_stands_out_is_given_back(backdoored, monkeypatch):
+    even = inversion.Triggers(np.ones((10, 16, 16, 1)), np.ones((10, 16, 16, 1)), np.arange(50.0, 60), np.ones(10))
+    monkeypatch.setattr(nc, "invert", lambda *given, **options: (even, []))
+    result = nc.purify(keys.root(0), backdoored.classifier, backdoored.variables, backdoored.clean)
+    assert result.told["flagged"] == [] and result.told["anomaly_index"] < 2
+    same = jax.tree.map(np.array_equal, result.variables, backdoored.variables)
+    assert all(jax.tree.leaves(same))
+
+
+@pytest.mark.parametrize(
+    "options", [{"enough": 0.0}, {"inversion_epochs": 0}, {"stop_after": 0}, {"share": 0.0}, {"limit": -1.0}]
+)
+def test_settings_that_mean_nothing_are_refused(options, backdoored):
+    with pytest.raises(UserError, match="needs"):
+        nc.purify(keys.root(0), backdoored.classifier, backdoored.variables, backdoored.clean, **options)
+
+
+def test_a_class_without_images_is_inverted_all_the_same(tiny, tiny_variables, digits):
+    few = digits.train.take(np.flatnonzero(digits.train.labels < 3)[:20])
+    triggers, _ = inversion.invert(
+        keys.root(0), tiny, tiny_variables, ImageSet(few.images, few.labels, few.ids), epochs=1, **QUICK
+    )
+    assert triggers.masks.shape[0] == 10 and (triggers.reached <= 1).all()

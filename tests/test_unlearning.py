@@ -1,0 +1,254 @@
+"""Defences that train against what they take for the trigger: their bounds, gradients and fixed points."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bibau_jax import defenses, keys, parallel, train
+from bibau_jax.defenses import bti_dbf, i_bau, nad, pam, sau
+from bibau_jax.errors import NotApplicable
+from bibau_jax.method import pgd
+from bibau_jax.method.terms import cross_entropy
+from bibau_jax.models import inside
+from bibau_jax.models.unet import UNet
+
+
+@pytest.fixture
+def batch(digits):
+    chosen = digits.train.take(slice(0, 8))
+    return jnp.asarray(chosen.images, jnp.float32), jnp.asarray(chosen.labels)
+
+
+# --- I-BAU
+
+
+def test_the_hypergradient_is_the_finite_difference_through_the_fixed_point():
+    rng = np.random.default_rng(0)
+    a, b, c = (jnp.asarray(rng.normal(size=shape)) for shape in ((3, 3), (3, 2), (3,)))
+    a = 0.3 * a / jnp.linalg.norm(a, 2)
+
+    def contraction(delta, theta):
+        return jnp.tanh(a @ delta + b @ theta)
+
+    def outer(delta, theta):
+        return jnp.sum((delta - c) ** 2) + 0.1 * jnp.sum(theta**3)
+
+    def solved(theta):
+        delta = jnp.zeros(3)
+        for _ in range(200):
+            delta = contraction(delta, theta)
+        return delta
+
+    with jax.enable_x64(True):
+        a, b, c = (jnp.asarray(np.asarray(part), jnp.float64) for part in (a, b, c))
+        theta = jnp.array([0.4, -0.7])
+        _, found = i_bau.hypergradient(outer, contraction, solved(theta), theta, terms=60)
+        for place in range(2):
+            step = jnp.zeros(2).at[place].set(1e-5)
+            apart = outer(solved(theta + step), theta + step) - outer(solved(theta - step), theta - step)
+            assert found[place] == pytest.approx(float(apart) / 2e-5, rel=1e-6)
+
+
+def test_the_universal_perturbation_goes_up_within_its_ball(tiny, tiny_variables, digits):
+    images = digits.train.images[:20]
+    labels = train.predict(tiny, tiny_variables, images)
+    delta = jnp.zeros((1, 16, 16, 1))
+
+    def loss(delta):
+        return float(cross_entropy(tiny.apply(tiny_variables, i_bau.moved(images, delta)).logits, labels).mean())
+
+    step = partial(i_bau.inner_step, classifier=tiny, inner_rate=10.0, penalty=1e-3)
+    for _ in range(3):
+        delta = step(delta, tiny_variables, images, radius=2.0)
+    assert np.linalg.norm(delta) <= 2.0 + 1e-5 and loss(delta) > loss(0 * delta)
+    free = step(delta, tiny_variables, images, radius=0.0)
+    bound = np.linalg.norm(free) / 2
+    assert np.linalg.norm(step(delta, tiny_variables, images, radius=bound)) == pytest.approx(bound, rel=1e-5)
+
+
+def test_i_bau_leaves_running_statistics_alone(backdoored):
+    given = (keys.root(0), backdoored.classifier, backdoored.variables, backdoored.clean)
+    found = i_bau.purify(*given, epochs=1, batch_size=100)
+    same = jax.tree.map(np.array_equal, found.variables["batch_stats"], backdoored.variables["batch_stats"])
+    assert all(jax.tree.leaves(same)) and found.history[-1]["perturbation"] <= 10 + 1e-4
+
+
+# --- SAU
+
+
+def test_the_divergence_of_jensen_and_shannon():
+    one, other = jnp.array([[0.0, 0.0], [50.0, 0.0], [1.0, 2.0]]), jnp.array([[0.0, 0.0], [0.0, 50.0], [2.0, 0.5]])
+    p, q = (np.asarray(jax.nn.softmax(x))[2] for x in (one, other))
+    middle = (p + q) / 2
+    last = (np.sum(p * np.log(p / middle)) + np.sum(q * np.log(q / middle))) / 2
+    np.testing.assert_allclose(sau.jensen_shannon(one, other), [0, np.log(2), last], atol=1e-5)
+
+
+def test_what_the_search_raises_is_the_loop_over_images():
+    rng = np.random.default_rng(0)
+    both = [jnp.asarray(rng.normal(size=(40, 4)) * 3, jnp.float32) for _ in range(2)]
+    labels = jnp.asarray(rng.integers(0, 4, 40))
+    before = [jnp.asarray(rng.integers(0, 4, 40)) for _ in range(2)]
+    found = sau.shared_objective(both, labels, before, lambda_adversarial=0.01, lambda_shared=1.0)
+    divergences, kinds = sau.jensen_shannon(*both), set()
+    for i in range(40):
+        seen = [int(jnp.argmax(logits[i])) for logits in both]
+        expected = 0.0
+        for model in range(2):
+            if seen[model] == before[model][i]:
+                expected += 0.01 * -float(jax.nn.log_softmax(both[model][i])[labels[i]]) / 2
+        done = all(seen[model] != before[model][i] for model in range(2)) and seen[0] == seen[1]
+        kinds.add(done)
+        expected -= 0.0 if done else float(divergences[i])
+        assert float(found[i]) == pytest.approx(expected, abs=1e-5)
+    assert kinds == {True, False}
+
+
+def test_only_images_that_the_backdoored_model_was_led_astray_by_are_unlearned():
+    labels, was = jnp.array([0, 0, 1]), jnp.array([0, 2, 1])
+    suspicious = jnp.eye(3)[jnp.array([2, 2, 1])] * 9  # led to 2, was there before, still right
+    logits = jnp.array([[0.0, 0.0, 3.0], [0.0, 0.0, 3.0], [0.0, 3.0, 0.0]])
+    loss, counted = sau.unlearning_loss(logits, suspicious, was, labels)
+    chance = float(jax.nn.softmax(logits[0])[2])
+    assert float(counted) == pytest.approx(1 / 3)
+    assert float(loss) == pytest.approx((-np.log(1 - chance) - np.log(1 - chance)) / 2 / 3, rel=1e-3)
+
+
+def test_the_shared_perturbation_stays_within_its_bound(tiny, tiny_variables, batch, monkeypatch):
+    images, labels = batch
+    seen, search = [], pgd.adversarial_images
+
+    def look(gradient, given, **options):
+        assert np.asarray(options["start"]).min() == 51  # the search begins at the bound everywhere
+        seen.append(search(gradient, given, **options))
+        return seen[-1]
+
+    monkeypatch.setattr(pgd, "adversarial_images", look)
+    optimizer = optax.amsgrad(1e-4)
+    state = train.new_state(tiny_variables, optimizer)
+    sau.step(
+        state,
+        tiny_variables,
+        {"images": images, "labels": labels},
+        keys.root(0),
+        classifier=tiny,
+        optimizer=optimizer,
+        attack={"epsilon": 51.0, "step_size": 51.0, "steps": 3},
+        train_mode=False,
+        lambdas={"lambda_adversarial": 0.01, "lambda_shared": 1.0},
+        lambda_unlearning=1.0,
+    )
+    assert np.abs(seen[0] - images).max() <= 51 + 1e-4 and seen[0].min() >= 0 and seen[0].max() <= 255
+
+
+# --- NAD
+
+
+def test_attention_maps_are_sums_of_squares_of_length_one():
+    activation = np.random.default_rng(0).normal(size=(3, 4, 5, 6)).astype(np.float32)
+    found = nad.attention(jnp.asarray(activation))
+    expected = (activation**2).sum(-1).reshape(3, 20)
+    np.testing.assert_allclose(found, expected / np.linalg.norm(expected, axis=1, keepdims=True), rtol=1e-4)
+    assert float(nad.distance(jnp.asarray(activation), jnp.asarray(3 * activation)).max()) < 1e-9
+    assert np.isfinite(jax.grad(lambda x: nad.distance(x, jnp.ones((1, 2, 2, 1))).sum())(jnp.zeros((1, 2, 2, 1)))).all()
+
+
+# --- BTI-DBF and PAM
+
+
+def test_the_end_of_the_network_gives_the_same_logits_for_its_own_feature_map(tiny, tiny_variables, batch):
+    images, _ = batch
+    outputs, features = bti_dbf.feature_map(tiny, tiny_variables, images)
+    again = bti_dbf.from_feature_map(tiny, tiny_variables, 0 * images, features)
+    np.testing.assert_allclose(again, outputs.logits, atol=1e-5)
+    np.testing.assert_allclose(features.mean((1, 2)), outputs.features, atol=1e-5)
+
+
+def test_looking_inside_changes_no_output(tiny, tiny_variables, batch):
+    images, _ = batch
+    plain = tiny.apply(tiny_variables, images, train=True)
+    outputs, found = inside.look(tiny, tiny_variables, images, [("bn1",), ("layer1_0",)], what="input", train=True)
+    np.testing.assert_array_equal(outputs.logits, plain.logits)
+    assert jax.tree.map(np.array_equal, outputs.statistics, plain.statistics)["bn1"] == {"mean": True, "var": True}
+    assert list(found) == ["bn1", "layer1_0"] and found["layer1_0"].shape == (8, 16, 16, 4)
+
+
+@pytest.mark.parametrize("shape", [(16, 16, 1), (20, 33, 3)])
+def test_the_generator_gives_images_of_the_size_that_it_is_given(shape):
+    net = UNet(4)
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(2, *shape)), jnp.float32)
+    params = net.init(jax.random.key(0), images)["params"]
+    made = net.apply({"params": params}, images)
+    assert made.shape == images.shape
+    alone = net.apply({"params": params}, images[:1])
+    np.testing.assert_allclose(made[:1], alone, atol=1e-4)  # instance statistics: no image depends on the others
+
+
+def test_the_point_of_the_gradient_lies_rho_towards_the_backdoored_weights():
+    here, there = {"a": jnp.array([1.0, 2.0]), "b": jnp.zeros(2)}, {"a": jnp.array([4.0, 2.0]), "b": jnp.array([0.0, 4.0])}
+    moved = pam.towards(here, there, 0.5)
+    np.testing.assert_allclose(moved["a"], [1.3, 2.0], rtol=1e-5)
+    np.testing.assert_allclose(moved["b"], [0.0, 0.4], rtol=1e-5)
+    same = pam.towards(here, here, 0.5)
+    assert all(np.array_equal(same[name], here[name]) for name in here)
+
+
+def test_with_rho_zero_a_step_is_plain_fine_tuning_on_the_mixed_images(tiny, tiny_variables, batch):
+    images, labels = batch
+    backdoored = {"params": jax.tree.map(lambda leaf: leaf + 1.0, tiny_variables["params"])}
+    optimizer = optax.sgd(0.01, 0.1)
+    made = {"images": images, "labels": labels}
+    shared = {"classifier": tiny, "optimizer": optimizer}
+    plain = {"prepare": lambda extra, batch, key: (255 - batch["images"], batch["labels"], 0.0, extra)}
+    expected, _ = train.train_step(train.new_state(tiny_variables, optimizer), (), made, keys.root(0), **shared, **plain)
+    options = {"generate": lambda params, pixels: 255 - pixels, "prepare": lambda key, batch: batch["images"], "share": 0.99}
+    frozen = {"generator": {}, "backdoored": backdoored}
+    step = partial(pam.path_step, **shared, **options)
+    found, _ = step(train.new_state(tiny_variables, optimizer), frozen, made, keys.root(0), rho=0.0)
+    other, _ = step(train.new_state(tiny_variables, optimizer), frozen, made, keys.root(0), rho=0.5)
+    apart = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), found.variables, expected.variables)
+    assert max(jax.tree.leaves(apart)) < 1e-5
+    assert any(np.abs(a - b).max() > 1e-5 for a, b in zip(*map(jax.tree.leaves, (found.params, other.params)), strict=True))
+
+
+def test_as_many_images_are_replaced_as_the_share_says_and_one_more(batch):
+    images, _ = batch
+    mixed = bti_dbf.replaced(images, {}, keys.root(0), {}, generate=lambda params, pixels: pixels - 7, share=0.3)
+    changed = np.asarray((mixed != images).any((1, 2, 3)))
+    assert changed.sum() == int(0.3 * 8) + 1
+
+
+@pytest.mark.parametrize("name", ["nad", "bti_dbf", "pam"])
+def test_a_network_without_stages_is_not_applicable(name, tiny, tiny_variables, digits):
+    bare = dataclasses.replace(tiny, stages=())
+    with pytest.raises(NotApplicable, match="this network has none"):
+        defenses.get(name).purify(keys.root(0), bare, tiny_variables, digits.train.take(slice(0, 20)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["i_bau", "sau", "nad", "bti_dbf", "pam", "anp", "rnp"])
+def test_one_device_and_eight_give_the_same_model(name, tiny, tiny_variables, digits):
+    quick = {
+        "i_bau": {"epochs": 1, "batch_size": 24},
+        "sau": {"epochs": 1, "batch_size": 24, "steps": 2},
+        "nad": {"epochs": 1, "teacher_epochs": 1, "batch_size": 24, "learning_rate": 0.01},
+        "anp": {"iterations": 3, "batch_size": 24, "threshold": 0.5, "learning_rate": 0.01},
+        "rnp": {"unlearn_epochs": 1, "recover_epochs": 1, "batch_size": 24, "threshold": 0.5},
+    }
+    rounds = {"rounds": 1, "pretrain_epochs": 1, "mask_epochs": 1, "generator_epochs": 1, "epochs": 1, "width": 2}
+    options = quick.get(name) or rounds | {"batch_size": 24}
+    given = (keys.root(0), tiny, tiny_variables, digits.train.take(slice(0, 48)))
+    one = defenses.get(name).purify(*given, **options)
+    with parallel.on_devices(8):
+        eight = defenses.get(name).purify(*given, **options)
+    if one.evidence and "bn1" in one.evidence:
+        pairs = [(one.evidence[key], eight.evidence[key]) for key in one.evidence]
+    else:
+        pairs = zip(*map(jax.tree.leaves, (one.variables, eight.variables)), strict=True)
+    for a, b in pairs:
+        np.testing.assert_allclose(a, b, atol=3e-3, rtol=1e-3)
