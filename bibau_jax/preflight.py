@@ -74,6 +74,8 @@ def check(run: Run, wanted: list[str]) -> None:
         parallel.check_batch(taken, f"{section}.batch_size (of {len(images)} images)")
     if "reactivate" in wanted:
         reactivate.check(run)
+    if config["implant"]["innocent"] and not config["implant"]["reuse"]:
+        raise UserError("implant.innocent takes the clean twin of another run; name it by implant.reuse")
     if config["implant"]["reuse"]:
         _same_model(run, "reuse", "implant", (*IMPLANT_PARTS, "attack", "implant"))
     if config["implant"]["clean_twin"] not in ("train", "none"):
@@ -123,7 +125,7 @@ def _same_model(run: Run, setting: str, stage: str, parts: tuple[str, ...]) -> N
     theirs = workdir.read_config(Path(other).expanduser())
     mine, theirs = map(workdir.told_apart_by, (run.config, theirs))
     chosen = [{name: value for name, value in workdir.flat(c).items() if _among(name, parts)} for c in (theirs, mine)]
-    changed = workdir.differences(*chosen, ignore=("implant.reuse", "implant.clean_twin"))
+    changed = workdir.differences(*chosen, ignore=("implant.reuse", "implant.clean_twin", "implant.innocent"))
     if changed:
         raise UserError(f"implant.{setting}={other} was trained with other settings ({'; '.join(changed)})")
     run.model_folder(stage)

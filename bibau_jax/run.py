@@ -98,6 +98,8 @@ class Run:
         """Where the finished model of a stage lies: in this run's folder, or in that of the run it is taken from."""
         setting = {"implant": "reuse", "clean": "clean_twin"}.get(stage)
         other = self.config["implant"][setting] if setting else ""
+        if stage == "implant" and self.config["implant"]["innocent"]:
+            stage = "clean"
         folder = Path(other).expanduser().absolute() if other not in ("", "train", "none") else self.folder
         if not (folder / stage / "model").exists():
             raise UserError(f'{folder} has no finished "{stage}" model; run that stage first (--config.stages)')
@@ -147,6 +149,9 @@ def load_model(this: Run, stage: str) -> tuple[dict, object, dict]:
 def attack_as_trained(this: Run) -> tuple[attacks.Attack, dict]:
     """The attack with what it learned while implanting, and the backdoored model's variables."""
     variables, extra, _ = load_model(this, "implant")
+    if this.config["implant"]["innocent"]:  # the twin knows nothing of the trigger, which the other run has
+        theirs = Path(this.config["implant"]["reuse"]).expanduser() / "implant" / "model"
+        extra = {"extra": (), **checkpoint.load(theirs)[0]}["extra"]
     attack = this.attack
     return attack.control.finish(attack, extra) if attack.control else attack, variables
 

@@ -349,6 +349,17 @@ def test_the_backdoored_model_and_the_twin_of_another_run_can_be_taken(finished,
     assert model(tmp_path / "run", "purify/bibau_u") != model(folder, "purify/bibau_u")
 
 
+def test_a_defence_may_be_run_on_the_clean_twin_to_see_what_it_costs(finished, tiny_config, tmp_path):
+    _, folder, record = finished
+    taken = {"implant.reuse": str(folder), "implant.innocent": True, "defense.name": "ft", "defense.beside": "ep"}
+    found = experiment.run(tiny_config(taken), str(tmp_path / "run"))
+    assert found.metrics["backdoored"].ca == record.metrics["clean"].ca != record.metrics["backdoored"].ca
+    assert found.metrics["backdoored"].asr == record.metrics["clean"].asr
+    assert found.metrics["ep"].extra["channels"] == 12
+    with pytest.raises(UserError, match="takes the clean twin of another run; name it by implant.reuse"):
+        experiment.run(tiny_config({"implant.innocent": True}), str(tmp_path / "other"))
+
+
 @pytest.mark.parametrize(
     "setting, change, words",
     [

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bibau_jax import records
 from bibau_jax.errors import UserError
-from bibau_jax.report import pictures, shapes, tables, words
+from bibau_jax.report import pictures, series, shapes, words
 
 NOTE = (
     "Mean ± sample standard deviation over seeds, in percent (BEC: 0 as the clean twin, 1 as the backdoored model). The "
@@ -30,12 +30,12 @@ def collect(folder: Path) -> tuple[dict, list[str]]:
     """Every record of the runs below a folder (or kept there under other names), by name, and what could not be read."""
     kept = sorted(folder.rglob("record.json"))
     if not kept:
-        return tables.collect(folder)
+        return series.collect(folder)
     found, broken = {}, []
     for path in kept:
         try:
             record = records.read(path)
-            tables.rows([record])
+            series.rows([record])
         except UserError as error:
             broken.append(str(error))
         except (KeyError, TypeError, AttributeError) as error:
@@ -50,8 +50,8 @@ def write(folder: Path, out: Path) -> tuple[list[Path], list[str]]:
     found, broken = collect(folder)
     if not found:
         raise UserError(f"{folder} holds no record that can be read" + (f": {broken[0]}" if broken else ""))
-    rows = tables.rows(found)
-    made, lines = shapes.every(rows), tables.summary(rows)
+    rows = series.rows(found)
+    made, lines = shapes.every(rows), series.summary(rows)
     out.mkdir(parents=True, exist_ok=True)
     pages = [out / "tables.csv", out / "tables.md", out / "index.html"]
     records.write_text(pages[0], shapes.comma_separated(made))

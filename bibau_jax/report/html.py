@@ -14,7 +14,7 @@ import numpy as np
 
 from bibau_jax import records
 from bibau_jax.errors import UserError
-from bibau_jax.report import figures, gone, progress, strip, tables, words
+from bibau_jax.report import figures, gone, progress, series, strip, words
 
 STAGES = {"implant": "Implanting the backdoor", "clean": "Training the clean twin", "evaluate": "Evaluation"}
 UNCLASSED = {"none": "is-before", "clean": "is-clean"}
@@ -81,7 +81,7 @@ def _section(name: str, heading: str, body: str, text: str = "") -> str:
 
 
 def _head(record, title: str) -> str:
-    facts = [words.model(record.config["model"]), f"seed {record.seed}", tables.device_name(record.device)]
+    facts = [words.model(record.config["model"]), f"seed {record.seed}", series.device_name(record.device)]
     after = words.purified(record)
     facts[:0] = [words.defense(after.defense)] if after is not None else []
     over = " · ".join(escape(str(fact)) for fact in facts)
@@ -112,7 +112,7 @@ def _change(record) -> str:
 
 
 def _outcome(record) -> str:
-    measured, before = tables.in_order(record.metrics.values()), words.backdoored(record)
+    measured, before = series.in_order(record.metrics.values()), words.backdoored(record)
     charts = []
     for name, key, text in (
         ("Attack success rate", "asr", "triggered images that get the target class; lower is better"),
@@ -140,7 +140,7 @@ def _table(record) -> str:
     heads = ("CA, %", "ASR, %", "Robust accuracy, %", *map(words.measure, more), "Time", "Peak memory, MB")
     head = '<th scope="col">Model</th>' + "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
     body = []
-    for measured in tables.in_order(record.metrics.values()):
+    for measured in series.in_order(record.metrics.values()):
         spent, main = words.cost(record, measured), measured is words.purified(record)
         cells = "".join(map(_counted, (measured.ca, measured.asr, measured.robust_accuracy)))
         cells += "".join(f"<td>{words.further_value(name, measured.extra.get(name))}</td>" for name in more)
@@ -160,7 +160,7 @@ def _table(record) -> str:
 
 def _gone(record) -> str:
     before = words.backdoored(record)
-    body = gone.body(tables.in_order(record.metrics.values()), words.rate(before.asr) if before is not None else None)
+    body = gone.body(series.in_order(record.metrics.values()), words.rate(before.asr) if before is not None else None)
     text = (
         "A low ASR may mean that the backdoor is gone or that it sleeps. Here it is called back; the dashed mark is the ASR of "
         "the backdoored model. The clean twin shows what each attack does where there never was a backdoor, IBU what is left "

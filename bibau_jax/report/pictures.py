@@ -50,7 +50,7 @@ def _save(figure, path: Path) -> Path:
 
 
 def scatter(lines, path: Path) -> Path | None:
-    """Clean accuracy against R-ASR from lines of `tables.summary`: small marks are attacks, large ones their mean.
+    """Clean accuracy against R-ASR from lines of `series.summary`: small marks are attacks, large ones their mean.
 
     None without R-ASR. Runs with other settings than most are left out, as in the tables.
     """

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-from bibau_jax.report import tables, words
+from bibau_jax.report import series, words
 
 HEADINGS = {"ca": "CA", "asr": "ASR", "r_asr": "R-ASR", "q_asr": "Q-ASR"}
 HEADINGS |= {"bec": "BEC", "bec_squashed": "sigmoid", "bec_code": "code form"}
@@ -69,7 +69,7 @@ def papers_value(number: str, dataset: str, defense: str, attack: str, metric: s
 
 
 def cells(lines, number: str, dataset: str) -> dict[str, dict[str, dict[str, Cell]]]:
-    """{defense: {attack: {metric: Cell}}} of one shape, with the average over attacks, from lines of `tables.summary`.
+    """{defense: {attack: {metric: Cell}}} of one shape, with the average over attacks, from lines of `series.summary`.
 
     `lines` are of one data set and network. Defences and attacks without any number are left out, and so are runs with other
     settings (`left_out`). A row has an average where it has every attack that any row has.
@@ -187,9 +187,9 @@ def _exact(value) -> str:
 
 
 def every(rows) -> dict[tuple[str, str, str], dict]:
-    """{(dataset, model, number): cells} of every shape that the rows (of `tables.rows`) have numbers for."""
+    """{(dataset, model, number): cells} of every shape that the rows (of `series.rows`) have numbers for."""
     groups: dict[tuple[str, str], list] = {}
-    for line in tables.summary(rows):
+    for line in series.summary(rows):
         groups.setdefault((line["dataset"], line["model"]), []).append(line)
     made = {(*place, number): cells(lines, number, place[0]) for place, lines in groups.items() for number in SHAPES}
     return {key: shape for key, shape in made.items() if _is_worth_showing(key[2], shape)}

@@ -54,7 +54,7 @@ def run(this: Run, command: str) -> None:
         write_arrays(this.folder / "strip.npz", _strip(this, attack, shown))
     update(this, command, metrics=metrics, stages={"evaluate": records.StageCost(**dataclasses.asdict(spent))})
     taken = (told | metrics)["backdoored"].asr.percent
-    if taken < HARDLY:
+    if taken < HARDLY and not this.config["implant"]["innocent"]:
         more = "more poison (attack.poison_ratio), a stronger trigger or more epochs may help"
         progress.say(f"evaluate: the backdoor hardly took, ASR {taken:.1f} %; {more}", show=parallel.is_lead())
 

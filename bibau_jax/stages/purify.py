@@ -46,7 +46,9 @@ def run(this: Run, command: str) -> None:
 
 
 def _poisoned(this: Run) -> ImageSet:
-    """The poisoned training set as the model saw it, for a defence that asks for it."""
+    """The training set as the model saw it, poisoned (unless it is a clean twin's), for a defence that asks for it."""
+    if this.config["implant"]["innocent"]:
+        return this.splits.train
     split = poisoned_split(this)
     return ImageSet(split.images, split.labels, this.splits.train.ids)
 
