@@ -587,6 +587,7 @@ def test_a_batch_of_iad_holds_own_triggers_then_those_of_other_images_then_clean
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4), seen["pattern"]["batch_stats"], statistics)
 
 
+@pytest.mark.slow
 def test_iad_trains_its_masks_first_and_its_patterns_with_the_victim(tiny, tiny_variables, digits):
     images = digits.train.take(slice(128))
     attack = make("iad", mask_epochs=1, shape=images.images.shape[1:])

@@ -568,6 +568,7 @@ def test_a_share_of_the_class_is_told_in_the_place_of_a_ratio(tiny_config, tmp_p
     assert saved["poison_ratio"] == saved["poisoned"].mean() > 0.03
 
 
+@pytest.mark.slow
 def test_what_a_trigger_cost_is_counted_when_the_victims_training_is_done_later(tiny_config, tmp_path, monkeypatch):
     small = {"attack.name": "iad", "attack.iad.width": 2, "attack.iad.mask_epochs": 2, "implant.epochs": 1}
     config, fit = tiny_config(small, stages="implant"), train.fit

@@ -41,12 +41,14 @@ def test_a_planted_patch_is_found_where_it_lies(digits):
     assert inversion.anomaly(triggers.sizes).argmax() == 3
 
 
+@pytest.mark.slow
 def test_the_attackers_class_needs_the_smallest_trigger_by_far(found):
     triggers, _ = found
     assert triggers.sizes.argmin() == 0 and triggers.reached[0] > 0.9
     assert inversion.anomaly(triggers.sizes)[0] > 2 > inversion.anomaly(triggers.sizes)[1:].max()
 
 
+@pytest.mark.slow
 def test_what_is_found_has_the_shapes_and_ranges_that_it_says(found):
     triggers, history = found
     assert triggers.masks.shape == (10, 16, 16, 1) and triggers.patterns.shape == (10, 16, 16, 1)

@@ -191,7 +191,10 @@ def test_bibau_on_eight_devices_is_bibau_on_one(tiny, tiny_variables, digits):
     assert apart.mean() < 0.05
 
 
-@pytest.mark.parametrize("name, own", [("wanet", None), ("iad", (16, 16, 1)), ("enhanced_adap_patch", None)])
+@pytest.mark.parametrize(
+    "name, own",
+    [("wanet", None), pytest.param("iad", (16, 16, 1), marks=pytest.mark.slow), ("enhanced_adap_patch", None)],
+)
 def test_an_attack_that_takes_a_hand_in_training_takes_it_on_eight_devices_too(tiny, tiny_variables, digits, name, own):
     """What is stamped lies in the first places of the batch, that is on some devices only."""
     images = digits.train.take(slice(64))

@@ -68,20 +68,21 @@ def stamped(images: jax.Array, mask: jax.Array, pattern: jax.Array) -> jax.Array
     return (1 - mask) * images + mask * pattern
 
 
+def objective(raw, weight, label, images, variables, *, classifier):
+    """(CE(f(x'), t) + weight |m|, (CE, |m|, share of images that are taken for t)) of one class's trigger."""
+    mask, pattern = shown(raw)
+    logits = classifier.apply(variables, stamped(images, mask, pattern)).logits
+    size, hit = jnp.sum(mask), jnp.mean(jnp.argmax(logits, -1) == label)
+    loss = cross_entropy(logits, jnp.full(len(images), label)).mean()
+    return loss + weight * size, (loss, size, hit)
+
+
 def step(state, frozen, batch, key, *, classifier, optimizer, per_epoch, enough, patience, stop_after, padding, flip):
     """One step for all classes on CE(f(x'), t) + weight |m|; the weights' schedule where an epoch ends."""
     images = crop_and_flip(keys.stream(key, "augment"), batch["images"], padding=padding, flip=flip).astype(jnp.float32)
-
-    def one(raw, weight, label):
-        mask, pattern = shown(raw)
-        logits = classifier.apply(frozen, stamped(images, mask, pattern)).logits
-        size = jnp.sum(mask)
-        hit = jnp.mean(jnp.argmax(logits, -1) == label)
-        loss = cross_entropy(logits, jnp.full(len(images), label)).mean()
-        return loss + weight * size, (loss, size, hit)
-
-    classes = jnp.arange(len(state.weight))
-    grads, (loss, size, hit) = jax.vmap(jax.grad(one, has_aux=True))(state.raw, state.weight, classes)
+    gradient = jax.grad(partial(objective, classifier=classifier), has_aux=True)
+    given = state.raw, state.weight, jnp.arange(len(state.weight)), images, frozen
+    grads, (loss, size, hit) = jax.vmap(gradient, in_axes=(0, 0, 0, None, None))(*given)
     updates, opt_state = jax.vmap(optimizer.update)(grads, state.opt_state, state.raw)
     going = ~state.ended
     raw = jax.tree.map(lambda new, old: _where(going, new, old), optax.apply_updates(state.raw, updates), state.raw)

@@ -53,20 +53,24 @@ def unlearning_loss(logits, suspicious, was, labels) -> tuple[jax.Array, jax.Arr
     return (counted * terms / 2).mean(), counted.mean()
 
 
-def step(state, backdoored, batch, key, *, classifier, optimizer, attack, train_mode, lambdas, lambda_unlearning):
-    """One PGD search for shared adversarial images and one step on CE(f(x), y) + lambda L_sh."""
-    images, labels = batch["images"].astype(jnp.float32), batch["labels"]
-    models = (state.variables, backdoored)
-    before = [jnp.argmax(classifier.apply(variables, images).logits, -1) for variables in models]
+def search(images, labels, models, before, *, classifier, attack, lambdas) -> jax.Array:
+    """Shared adversarial images [N, H, W, C] of both `models` (variables), whose classes for the images are `before`."""
 
     def summed(adversarial):
         both = [classifier.apply(variables, adversarial).logits for variables in models]
         return shared_objective(both, labels, before, **lambdas).sum()
 
-    start = jnp.full_like(images, attack["epsilon"])
-    unroll = parallel.unroll(attack["steps"])
-    adversarial = pgd.adversarial_images(jax.grad(summed), images, norm="linf", start=start, unroll=unroll, **attack)
-    adversarial = jax.lax.stop_gradient(adversarial)
+    start, unroll = jnp.full_like(images, attack["epsilon"]), parallel.unroll(attack["steps"])
+    found = pgd.adversarial_images(jax.grad(summed), images, norm="linf", start=start, unroll=unroll, **attack)
+    return jax.lax.stop_gradient(found)
+
+
+def step(state, backdoored, batch, key, *, classifier, optimizer, attack, train_mode, lambdas, lambda_unlearning):
+    """One PGD search for shared adversarial images and one step on CE(f(x), y) + lambda L_sh."""
+    images, labels = batch["images"].astype(jnp.float32), batch["labels"]
+    models = (state.variables, backdoored)
+    before = [jnp.argmax(classifier.apply(variables, images).logits, -1) for variables in models]
+    adversarial = search(images, labels, models, before, classifier=classifier, attack=attack, lambdas=lambdas)
     suspicious = classifier.apply(backdoored, adversarial).logits
 
     def objective(params):
