@@ -51,8 +51,7 @@ class Ours:
         self.raw = inversion.start(keys.root(0), case.classifier, optimizer).raw
         self.classes = jnp.arange(classes)
         gradient = jax.grad(partial(inversion.objective, classifier=case.classifier), has_aux=True)
-        self._at_once = jax.jit(jax.vmap(gradient, in_axes=(0, None, 0, None, None)))
-        self._alone = jax.jit(gradient)
+        self._gradient = jax.jit(gradient)
 
     def _step(self, params, delta, chosen):
         def logits(params, images):
@@ -66,10 +65,7 @@ class Ours:
             loss = sides.cross_entropy(logits(params, i_bau.moved(self.images, delta)), self.labels).mean()
             return -loss + PENALTY * jnp.sum(delta**2)
 
-        def contraction(delta, params):
-            return delta - MAP_RATE * jax.grad(inner)(delta, params)
-
-        return i_bau.hypergradient(outer, contraction, delta, params, TERMS)
+        return i_bau.hypergradient(outer, inner, delta, params, rate=MAP_RATE, terms=TERMS)
 
     def search(self):
         """One search of SAU; returns x'."""
@@ -83,14 +79,17 @@ class Ours:
 
     def at_once(self):
         """The inversion gradients of all classes in one call."""
-        raw = jax.tree.map(lambda leaf: leaf[: len(self.classes)], self.raw)
-        return jax.block_until_ready(self._at_once(raw, 1e-3, self.classes, self.images, self.models[0]))
+        return self._invert(slice(0, len(self.classes)))
 
     def in_turn(self):
         """The same, class after class."""
         for label in range(len(self.classes)):
-            raw = jax.tree.map(lambda leaf, k=label: leaf[k], self.raw)
-            jax.block_until_ready(self._alone(raw, 1e-3, label, self.images, self.models[0]))
+            self._invert(slice(label, label + 1))
+
+    def _invert(self, rows: slice):
+        raw, labels = jax.tree.map(lambda leaf: leaf[rows], (self.raw, self.classes))
+        weights = jnp.full(len(labels), 1e-3)
+        return jax.block_until_ready(self._gradient(raw, weights, labels, self.images, self.models[0]))
 
 
 class Theirs(sides.Theirs):

@@ -38,19 +38,21 @@ class State:
         return {"params": self.params, "batch_stats": self.statistics}
 
 
-def hypergradient(outer: Callable, contraction: Callable, delta, params, terms: int):
-    """d/dparams of outer(delta*(params), params), where delta* is the fixed point of `contraction(delta, params)`.
+def hypergradient(outer: Callable, inner: Callable, delta, params, *, rate: float, terms: int):
+    """(outer's value, d/dparams of outer(delta*(params), params)), where delta* minimises inner(delta, params).
 
-    At `delta` near that point: grad_params outer + (d contraction / d params)^T v, with v the first `terms` of the Neumann
-    series of (I - (d contraction / d delta)^T)^-1 grad_delta outer. Returns (outer's value, the gradient).
+    By the implicit function theorem on the fixed point of delta - rate grad_delta inner, at a `delta` near it: grad_params
+    outer - rate (d/dparams grad_delta inner)^T v, with v the first `terms` of the Neumann series of (rate Hessian)^-1
+    grad_delta outer.
     """
     value, (by_delta, by_params) = jax.value_and_grad(outer, argnums=(0, 1))(delta, params)
-    _, back_to_delta = jax.vjp(lambda d: contraction(d, params), delta)
-    _, back_to_params = jax.vjp(lambda p: contraction(delta, p), params)
-    v = jax.tree.map(jnp.zeros_like, by_delta)
-    for _ in range(terms):
-        v = jax.tree.map(jnp.add, back_to_delta(v)[0], by_delta)
-    return value, jax.tree.map(jnp.add, by_params, back_to_params(v)[0])
+    # Forward over reverse, which costs less than reverse over reverse and shares its primal pass.
+    _, hessian_times = jax.linearize(lambda d: jax.grad(inner)(d, params), delta)
+    v = by_delta
+    for _ in range(terms - 1):
+        v = jax.tree.map(lambda one, bent, first: one - rate * bent + first, v, hessian_times(v), by_delta)
+    mixed = jax.grad(lambda p: jax.jvp(lambda d: inner(d, p), (delta,), (v,))[1])(params)
+    return value, jax.tree.map(lambda one, other: one - rate * other, by_params, mixed)
 
 
 def moved(images: jax.Array, delta: jax.Array) -> jax.Array:
@@ -89,10 +91,7 @@ def step(state, frozen, batch, key, *, classifier, optimizer, share, terms, map_
         images, labels = frozen
         return -cross_entropy(logits(params, moved(images, delta)), labels).mean() + penalty * jnp.sum(delta**2)
 
-    def contraction(delta, params):
-        return delta - map_rate * jax.grad(inner)(delta, params)
-
-    loss, grads = hypergradient(outer, contraction, state.delta, state.params, terms)
+    loss, grads = hypergradient(outer, inner, state.delta, state.params, rate=map_rate, terms=terms)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {"loss": loss, "perturbation": jnp.sqrt(jnp.sum(state.delta**2))}

@@ -68,21 +68,27 @@ def stamped(images: jax.Array, mask: jax.Array, pattern: jax.Array) -> jax.Array
     return (1 - mask) * images + mask * pattern
 
 
-def objective(raw, weight, label, images, variables, *, classifier):
-    """(CE(f(x'), t) + weight |m|, (CE, |m|, share of images that are taken for t)) of one class's trigger."""
+def objective(raw, weights, labels, images, variables, *, classifier):
+    """(sum of CE(f(x'), t) + weight |m|, (CE, |m|, share of images taken for t), each [K]) of the triggers of classes [K].
+
+    Every image is stamped with every trigger, and all go through the network as one batch, images first, so that a sharded
+    batch stays where it is: under `vmap` over the classes it did not, and took 2.4 times as long on two cores.
+    """
     mask, pattern = shown(raw)
-    logits = classifier.apply(variables, stamped(images, mask, pattern)).logits
-    size, hit = jnp.sum(mask), jnp.mean(jnp.argmax(logits, -1) == label)
-    loss = cross_entropy(logits, jnp.full(len(images), label)).mean()
-    return loss + weight * size, (loss, size, hit)
+    made = stamped(images[:, None], mask, pattern)
+    wanted = jnp.tile(labels, len(images))
+    logits = classifier.apply(variables, made.reshape(-1, *images.shape[1:])).logits
+    loss = cross_entropy(logits, wanted).reshape(len(images), -1).mean(0)
+    hit = (jnp.argmax(logits, -1) == wanted).reshape(len(images), -1).mean(0)
+    sizes = jnp.sum(mask, (1, 2, 3))
+    return jnp.sum(loss + weights * sizes), (loss, sizes, hit)
 
 
 def step(state, frozen, batch, key, *, classifier, optimizer, per_epoch, enough, patience, stop_after, padding, flip):
     """One step for all classes on CE(f(x'), t) + weight |m|; the weights' schedule where an epoch ends."""
     images = crop_and_flip(keys.stream(key, "augment"), batch["images"], padding=padding, flip=flip).astype(jnp.float32)
     gradient = jax.grad(partial(objective, classifier=classifier), has_aux=True)
-    given = state.raw, state.weight, jnp.arange(len(state.weight)), images, frozen
-    grads, (loss, size, hit) = jax.vmap(gradient, in_axes=(0, 0, 0, None, None))(*given)
+    grads, (loss, size, hit) = gradient(state.raw, state.weight, jnp.arange(len(state.weight)), images, frozen)
     updates, opt_state = jax.vmap(optimizer.update)(grads, state.opt_state, state.raw)
     going = ~state.ended
     raw = jax.tree.map(lambda new, old: _where(going, new, old), optax.apply_updates(state.raw, updates), state.raw)
