@@ -3,15 +3,14 @@
 A model in which no class stands out is given back as it is.
 """
 
-from functools import partial
-
 import jax
 import numpy as np
 
 from bibau_jax import keys, train
 from bibau_jax.data import ImageSet
+from bibau_jax.defenses import ft
 from bibau_jax.defenses.inversion import anomaly, check_search, invert, stamped
-from bibau_jax.defenses.protocol import Purified, as_data, check_clean, watch
+from bibau_jax.defenses.protocol import Purified, check_clean
 from bibau_jax.errors import UserError
 from bibau_jax.models import Classifier
 
@@ -105,24 +104,26 @@ def purify(
     )
     index = anomaly(triggers.sizes)
     flagged = np.flatnonzero(index > limit)
-    told = {"flagged": flagged.tolist(), "anomaly_index": float(max(index.max(), -1e9))}
+    told = {"flagged": flagged.tolist(), "anomaly_index": float(index.max()) if np.isfinite(index.max()) else 0.0}
     evidence = triggers._asdict() | {"index": index}
     if not len(flagged):
         return Purified(jax.device_get(variables), history, told=told, evidence=evidence)
     chosen = [(triggers.masks[label], triggers.patterns[label]) for label in flagged]
     data = with_trigger(keys.stream(key, "stamped"), clean, share, chosen)
-    steps = epochs * max(1, len(data) // min(batch_size, len(data)))
-    rate = train.learning_rate_schedule(schedule, learning_rate, steps)
-    optimizer = train.sgd(rate, momentum=momentum, weight_decay=weight_decay)
-    prepare = partial(train.augmented, padding=padding, flip=flip)
-    state, tuned = train.fit(
-        partial(train.train_step, classifier=classifier, optimizer=optimizer, prepare=prepare),
-        train.new_state(variables, optimizer),
-        as_data(data),
-        key=keys.stream(key, "unlearn"),
+    tuned = ft.purify(
+        keys.stream(key, "unlearn"),
+        classifier,
+        variables,
+        data,
+        held_out=held_out,
+        journal=journal.part("unlearn"),
         epochs=epochs,
         batch_size=batch_size,
-        after_epoch=watch(classifier, held_out),
-        journal=journal.part("unlearn"),
+        learning_rate=learning_rate,
+        schedule=schedule,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        padding=padding,
+        flip=flip,
     )
-    return Purified(state.variables, [*history, *tuned], told=told, evidence=evidence)
+    return Purified(tuned.variables, [*history, *tuned.history], told=told, evidence=evidence)

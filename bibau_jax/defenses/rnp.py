@@ -13,7 +13,7 @@ import optax
 from bibau_jax import keys, train
 from bibau_jax.data import ImageSet
 from bibau_jax.data.augment import crop_and_flip
-from bibau_jax.defenses.anp import masked, ones
+from bibau_jax.defenses import anp
 from bibau_jax.defenses.protocol import Purified, as_data, check_clean
 from bibau_jax.defenses.pruning import by_masks, check_network, check_threshold
 from bibau_jax.errors import UserError
@@ -34,23 +34,6 @@ def unlearn_step(state, frozen, batch, key, *, classifier, optimizer, padding, f
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     state = state.replace(step=state.step + 1, params=params, statistics=statistics, opt_state=opt_state)
-    return state, {"loss": loss, "accuracy": right}
-
-
-def recover_step(state, frozen, batch, key, *, classifier, optimizer, alpha, padding, flip):
-    """One step on alpha CE with respect to the masks on the unlearned network's scales; masks stay in 0..1."""
-    pixels = crop_and_flip(keys.stream(key, "augment"), batch["images"], padding=padding, flip=flip).astype(jnp.float32)
-
-    def objective(masks):
-        variables = {"params": masked(classifier, frozen, masks), "batch_stats": state.statistics}
-        outputs = classifier.apply(variables, pixels, train=True)
-        right = jnp.mean(jnp.argmax(outputs.logits, -1) == batch["labels"])
-        return alpha * cross_entropy(outputs.logits, batch["labels"]).mean(), (outputs.statistics, right)
-
-    (loss, (statistics, right)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    masks = jax.tree.map(lambda mask: jnp.clip(mask, 0, 1), optax.apply_updates(state.params, updates))
-    state = state.replace(step=state.step + 1, params=masks, statistics=statistics, opt_state=opt_state)
     return state, {"loss": loss, "accuracy": right}
 
 
@@ -130,16 +113,16 @@ def purify(
         stop=lambda history: history[-1]["accuracy"] <= unlearned,
         journal=journal.part("unlearn"),
     )
-    unlearned_params, statistics = jax.device_get((state.params, state.statistics))
-    down = optax.sgd(recover_rate, momentum or None)
+    unlearned_model, down = jax.device_get(state.variables), optax.sgd(recover_rate, momentum or None)
+    calm = {"epsilon": 0.0, "noise_steps": 1, "alpha": alpha}  # ANP's step without noise is alpha CE under the masks
     state, recovered = train.fit(
-        partial(recover_step, optimizer=down, alpha=alpha, **shared),
-        train.new_state({"params": ones(classifier, unlearned_params), "batch_stats": statistics}, down),
+        partial(anp.step, optimizer=down, **calm, **shared),
+        train.new_state({"params": anp.ones(classifier, unlearned_model["params"]), "batch_stats": {}}, down),
         as_data(clean),
         key=keys.stream(key, "recover"),
         epochs=recover_epochs,
         batch_size=batch_size,
-        frozen=unlearned_params,
+        frozen=unlearned_model,
         journal=journal.part("recover"),
     )
     masks, watched = jax.device_get(state.params), held_out if held_out is not None and len(held_out) else clean
