@@ -1,0 +1,271 @@
+"""Weights from files, safely: PyTorch's zip and legacy formats, without PyTorch and without executing anything; safetensors.
+
+What is too large, cut off, mislabelled or hostile is refused in one line before it takes memory or time.
+"""
+
+import io
+import math
+import mmap
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from bibau_jax.errors import UserError
+from bibau_jax.importers import pickled
+from bibau_jax.importers.pickled import Inert, Stored, View
+
+MOST_PICKLE = 64 * 2**20  # bytes of the pickle inside a file, without the tensors
+MOST_EXPANSION = 4  # times a file's size that its tensors may take
+LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+# What training scripts call the weights inside a checkpoint, the likeliest first.
+CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params")
+PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
+DEEPEST = 3  # how far within a checkpoint weights are looked for
+
+
+class Checkpoint(NamedTuple):
+    """The weights of a file: arrays by PyTorch's names, in the file's order, and how they lay there.
+
+    `container` is the key path of the state dict within the file ("" at the top), `prefix` what was taken off every name,
+    `format` "zip", "legacy" or "safetensors".
+    """
+
+    arrays: dict[str, np.ndarray]
+    format: str
+    container: str = ""
+    prefix: str = ""
+
+
+def read(path, container: str | None = None) -> Checkpoint:
+    """The weights of a `.pt`, `.pth`, `.tar`, `.th` or `.safetensors` file, told apart by their content, not by their names.
+
+    `container` names the state dict within a checkpoint that holds several ("ema.state_dict"). bfloat16 comes as
+    `ml_dtypes.bfloat16`. UserError, one line that names the file, where it cannot be read or must not be.
+    """
+    path = Path(path).expanduser()
+    try:
+        with open(path, "rb") as file:
+            size = path.stat().st_size
+            return _read(file, size, container)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{path}: it is damaged or cut off ({error})") from None
+    except (OSError, EOFError, RuntimeError, NotImplementedError, ValueError, OverflowError) as error:
+        told = getattr(error, "strerror", None) or f"it cannot be read ({type(error).__name__})"
+        raise UserError(f"{path}: {told}") from None
+
+
+def _read(file, size: int, container: str | None) -> Checkpoint:
+    head = file.read(16)
+    file.seek(0)
+    if head[:4] == b"PK\x03\x04":
+        tree, load = _open_zip(file, size)
+        format_ = "zip"
+    elif head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
+        return _chosen(_safetensors(file, size), "safetensors", "", lambda array: array)
+    elif head[:1] == b"\x80":
+        tree, load = _open_legacy(file, size)
+        format_ = "legacy"
+    else:
+        raise UserError(f"it is no PyTorch or safetensors file ({_looks_like(head)})")
+    found, where = _state_dict(tree, container)
+    _check_sizes(found, size)
+    return _chosen(found, format_, where, load)
+
+
+def _looks_like(head: bytes) -> str:
+    kinds = {
+        b"\x89HDF": "HDF5, of Keras",
+        b"\x93NUM": "a NumPy array",
+        b"\x1f\x8b": "gzip: unpack it first",
+        b"": "it is empty",
+    }
+    return next(
+        (kind for begin, kind in kinds.items() if begin and head.startswith(begin)), kinds[b""] if not head else "unknown"
+    )
+
+
+def _chosen(found: dict, format_: str, container: str, load) -> Checkpoint:
+    prefix = next((p for p in PREFIXES if found and all(name.startswith(p) for name in found)), "")
+    return Checkpoint({name[len(prefix) :]: load(value) for name, value in found.items()}, format_, container, prefix)
+
+
+# --- where in the file the weights are
+
+
+def _state_dict(tree, container: str | None) -> tuple[dict[str, View], str]:
+    """(names and views, key path) of the state dict in a checkpoint; other entries of it are left out."""
+    found = dict(_candidates(tree, "", DEEPEST))
+    if container is not None:
+        if container not in found:
+            raise UserError(f'it has no weights under "{container}"; it has them under {_listed(found)}')
+        return found[container], container
+    if not found:
+        if isinstance(tree, Inert):
+            raise UserError(f"it holds an object ({tree.kind}) and no weights; {pickled.RESAVE}")
+        raise UserError("it holds no weights: no dictionary from names to tensors")
+    if "" in found:
+        return found[""], ""
+    for name in CONTAINERS:
+        named = [where for where in found if where.rsplit(".", 1)[-1] == name]
+        if len(named) == 1:
+            return found[named[0]], named[0]
+    if len(found) == 1:
+        return next((views, where) for where, views in found.items())
+    raise UserError(f"it holds several sets of weights: {_listed(found)}; name one")
+
+
+def _listed(found) -> str:
+    return ", ".join(f'"{where}"' for where in list(found)[:8]) + (", ..." if len(found) > 8 else "")
+
+
+def _candidates(tree, where: str, depth: int):
+    """(key path, {name: View}) of every dictionary that holds tensors by name, down to `depth`."""
+    if not isinstance(tree, dict):
+        return
+    views = {key: value for key, value in tree.items() if isinstance(key, str) and isinstance(value, View)}
+    if views and len(views) * 2 >= len(tree):
+        yield where, views
+    elif depth:
+        for key, value in list(tree.items())[:1000]:
+            if isinstance(key, str):
+                yield from _candidates(value, f"{where}.{key}" if where else key, depth - 1)
+
+
+def _check_sizes(found: dict[str, View], size: int) -> None:
+    """Refuses views outside their storages, and more elements than the file could hold."""
+    total = 0
+    for name, view in found.items():
+        count = math.prod(view.shape)
+        if len(view.shape) != len(view.strides):
+            raise UserError(f"{name[:80]} has {len(view.shape)} sizes and {len(view.strides)} strides")
+        last = view.offset + sum((n - 1) * step for n, step in zip(view.shape, view.strides, strict=True))
+        if count and last >= view.storage.size:
+            raise UserError(
+                f"{name[:80]} of shape {list(view.shape)} reaches beyond its storage of {view.storage.size} elements"
+            )
+        total += count * _dtype(view).itemsize
+    if total > MOST_EXPANSION * size:
+        raise UserError(f"its tensors would take {total / 2**20:,.0f} MiB, the file has {size / 2**20:,.0f}")
+
+
+def _dtype(view: View) -> np.dtype:
+    kind = pickled.KINDS.get(view.kind or view.storage.kind)
+    if kind is None:
+        raise UserError(f'tensors of type "{view.kind or view.storage.kind or "unknown"}" cannot be read')
+    return np.dtype(ml_dtypes.bfloat16) if kind == "bfloat16" else np.dtype(kind).newbyteorder("<")
+
+
+def _array(view: View, raw) -> np.ndarray:
+    """The tensor that a view shows of the bytes of its storage; a copy that owns its memory, in the machine's byte order."""
+    dtype = _dtype(view)
+    if len(raw) < view.storage.size * dtype.itemsize:
+        raise UserError("a storage is shorter than the pickle says: the file is damaged or cut off")
+    flat = np.frombuffer(raw, dtype, view.storage.size)[view.offset :]
+    strides = tuple(step * dtype.itemsize for step in view.strides)
+    shown = np.lib.stride_tricks.as_strided(flat, view.shape, strides, writeable=False) if math.prod(view.shape) else None
+    if shown is None:
+        return np.zeros(view.shape, dtype.newbyteorder("="))
+    return np.array(shown, dtype.newbyteorder("="), order="C")
+
+
+# --- the formats
+
+
+def _open_zip(file, size: int):
+    """(the pickle's object, what loads a view) of the zip format, since PyTorch 1.6."""
+    archive = zipfile.ZipFile(file)
+    entries = archive.infolist()
+    pickles = [entry for entry in entries if entry.filename.rsplit("/", 1)[-1] == "data.pkl"]
+    if len(pickles) != 1:
+        what = "a NumPy archive" if any(entry.filename.endswith(".npy") for entry in entries) else "a zip file"
+        raise UserError(f"it is {what} and no PyTorch file")
+    if sum(entry.file_size for entry in entries) > MOST_EXPANSION * size:
+        raise UserError("it unpacks to many times its size")
+    if any("/code/" in entry.filename for entry in entries):
+        raise UserError(f"it is a TorchScript program; {pickled.RESAVE}")
+    if pickles[0].file_size > MOST_PICKLE:
+        raise UserError("its pickle is larger than any state dict's")
+    folder = pickles[0].filename.removesuffix("data.pkl")
+    names = {entry.filename: entry for entry in entries}
+    order = names.get(f"{folder}byteorder")
+    if order is not None and archive.read(order) != b"little":
+        raise UserError("its numbers are stored big end first, which is not supported")
+    tree = pickled.load(io.BytesIO(archive.read(pickles[0])))
+
+    def load(view: View) -> np.ndarray:
+        entry = names.get(f"{folder}data/{view.storage.key}")
+        if entry is None:
+            raise UserError(f'storage "{view.storage.key[:40]}" is missing: the file is damaged or cut off')
+        return _array(view, archive.read(entry))
+
+    return tree, load
+
+
+def _open_legacy(file, size: int):
+    """(the pickle's object, what loads a view) of the format before PyTorch 1.6: five pickles, then the storages' bytes."""
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
+        data = whole[: min(size, MOST_PICKLE)]
+        pickles = io.BytesIO(data)
+        magic, protocol = pickled.load(pickles), pickled.load(pickles)
+        if magic != LEGACY_MAGIC or protocol != LEGACY_PROTOCOL:
+            raise UserError("it is a pickle, but none that PyTorch wrote")
+        told = pickled.load(pickles)
+        if not isinstance(told, dict) or told.get("little_endian") is not True:
+            raise UserError("its numbers are stored big end first, which is not supported")
+        tree, keys = pickled.load(pickles), pickled.load(pickles)
+        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+            raise UserError("the pickle is damaged or cut off")
+        place, storages = pickles.tell(), {}
+        sizes = _storages(tree)
+        for key in keys:
+            count = int.from_bytes(whole[place : place + 8], "little")
+            if key not in sizes:
+                raise UserError("it holds a storage that no tensor uses: it is damaged")
+            kind, stated = sizes[key]
+            if count != stated:
+                raise UserError("a storage is not as long as the pickle says: the file is damaged or cut off")
+            length = count * _dtype(View(Stored(kind, key, count), 0, (), ())).itemsize
+            if place + 8 + length > size:
+                raise UserError("it is cut off")
+            storages[key] = (place + 8, length)
+            place += 8 + length
+    path = file.name
+
+    def load(view: View) -> np.ndarray:
+        if view.storage.key not in storages:
+            raise UserError("a storage is missing: the file is damaged or cut off")
+        begin, length = storages[view.storage.key]
+        with open(path, "rb") as again:
+            again.seek(begin)
+            return _array(view, again.read(length))
+
+    return tree, load
+
+
+def _storages(tree) -> dict[str, tuple[str, int]]:
+    """{key: (element type, elements)} of every storage that the object's tensors use."""
+    found, seen, waiting = {}, set(), [tree]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, View):
+            found[one.storage.key] = (one.storage.kind, one.storage.size)
+        elif isinstance(one, dict | list | tuple) and id(one) not in seen:
+            seen.add(id(one))
+            waiting.extend(one.values() if isinstance(one, dict) else one)
+    return found
+
+
+def _safetensors(file, size: int) -> dict[str, np.ndarray]:
+    """The arrays of a safetensors file, read by its own library, which checks header, sizes and overlaps."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file.name, framework="numpy") as held:
+            return {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118  no mapping
+    except (SafetensorError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"it is no safetensors file that can be read ({' '.join(str(error).split())[:120]})") from None
