@@ -2,11 +2,12 @@
 
 from bibau_jax.errors import UserError, unknown
 from bibau_jax.models.classifier import Classifier, NormOfConv, Outputs
-from bibau_jax.models.resnet import resnet18
+from bibau_jax.models.resnet import resnet18, resnet20
+from bibau_jax.models.wide_resnet import wide_resnet16
 
 __all__ = ["Classifier", "NormOfConv", "Outputs", "build", "names"]
 
-BUILDERS = {"resnet18": resnet18}
+BUILDERS = {"resnet18": resnet18, "resnet20": resnet20, "wide_resnet16": wide_resnet16}
 
 
 def names() -> list[str]:

@@ -17,11 +17,16 @@ class BasicBlock(nn.Module):
     features: int
     stride: int
     dtype: Any
+    padded: bool = False  # the shortcut takes every second pixel and fills up channels with zeros: no parameters
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         shortcut = x
-        if self.stride != 1 or x.shape[-1] != self.features:
+        if self.padded:
+            missing = self.features - x.shape[-1]
+            strided = x[:, :: self.stride, :: self.stride]
+            shortcut = jnp.pad(strided, [(0, 0)] * 3 + [(missing // 2, missing - missing // 2)])
+        elif self.stride != 1 or x.shape[-1] != self.features:
             shortcut = conv(self.features, 1, self.stride, dtype=self.dtype, name="shortcut_conv")(x)
             shortcut = BatchNorm(dtype=self.dtype, name="shortcut_bn")(shortcut, train)
         y = conv(self.features, 3, self.stride, dtype=self.dtype, name="conv1")(x)
@@ -44,6 +49,7 @@ class ResNet(nn.Module):
     mean: Sequence[float]
     std: Sequence[float]
     dtype: Any = jnp.float32
+    padded: bool = False
 
     @nn.compact
     def __call__(self, pixels: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
@@ -52,7 +58,7 @@ class ResNet(nn.Module):
         self.sow("taps", "conv1_output", x)
         x = nn.relu(BatchNorm(dtype=self.dtype, name="bn1")(x, train))
         for name, features, stride in blocks(self.width, self.stages):
-            x = BasicBlock(features, stride, self.dtype, name=name)(x, train)
+            x = BasicBlock(features, stride, self.dtype, self.padded, name=name)(x, train)
         features = x.astype(jnp.float32).mean((1, 2))
         return Head(self.classes, name="head")(features), features
 
@@ -83,4 +89,23 @@ def resnet18(
         inputs = features
     module = ResNet(num_classes, width, tuple(stages), tuple(mean), tuple(std), dtype)
     ends = tuple((f"layer{number}_{depth - 1}",) for number, depth in enumerate(stages, 1))
+    return Classifier(module, num_classes, tuple(image_shape), norms=tuple(norms), stages=ends)
+
+
+def resnet20(
+    *,
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+    width: int = 16,
+    stages: Sequence[int] = (3, 3, 3),
+    mean: Sequence[float] = (0.485, 0.456, 0.406),
+    std: Sequence[float] = (0.229, 0.224, 0.225),
+    dtype: Any = jnp.float32,
+) -> Classifier:
+    """ResNet-20 of He et al.'s section 4.2: three stages, shortcuts without parameters. Mean and std on the 0..1 scale."""
+    names = [name for name, _, _ in blocks(width, stages)]
+    norms = [NormOfConv(("conv1",), ("bn1",))]
+    norms += [NormOfConv((name, f"conv{i}"), (name, f"bn{i}")) for name in names for i in (1, 2)]
+    ends = tuple((f"layer{number}_{depth - 1}",) for number, depth in enumerate(stages, 1))
+    module = ResNet(num_classes, width, tuple(stages), tuple(mean), tuple(std), dtype, padded=True)
     return Classifier(module, num_classes, tuple(image_shape), norms=tuple(norms), stages=ends)
