@@ -214,7 +214,7 @@ def test_with_rho_zero_a_step_is_plain_fine_tuning_on_the_mixed_images(tiny, tin
 
 def test_as_many_images_are_replaced_as_the_share_says_and_one_more(batch):
     images, _ = batch
-    mixed = bti_dbf.replaced(images, {}, keys.root(0), {}, generate=lambda params, pixels: pixels - 7, share=0.3)
+    mixed = bti_dbf.replaced(images, keys.root(0), {}, generate=lambda params, pixels: pixels - 7, share=0.3)
     changed = np.asarray((mixed != images).any((1, 2, 3)))
     assert changed.sum() == int(0.3 * 8) + 1
 

@@ -147,6 +147,6 @@ def purify(
         frozen=variables,
         journal=journal,
     )
-    masks, watched = jax.device_get(state.params), held_out if held_out is not None and len(held_out) else clean
-    found, told = by_masks(classifier, jax.device_get(variables), masks, watched, threshold=threshold, max_loss=max_loss)
+    masks, chosen_on = jax.device_get(state.params), held_out or clean
+    found, told = by_masks(classifier, jax.device_get(variables), masks, chosen_on, threshold=threshold, max_loss=max_loss)
     return Purified(found, history, told=told, evidence=masks)

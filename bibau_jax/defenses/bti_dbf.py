@@ -139,7 +139,7 @@ def reversal_step(state, frozen, batch, key, *, classifier, generate, scale, opt
     return _generator_step(state, batch, key, prepare, optimizer, objective)
 
 
-def replaced(pixels, batch, key, generator, *, generate, share):
+def replaced(pixels, key, generator, *, generate, share):
     """The batch with `share` of its images, and one more, changed by the generator, on the 0..255 scale but not clipped."""
     count = min(int(share * len(pixels)) + 1, len(pixels))
     chosen = jax.random.permutation(keys.stream(key, "replaced"), jnp.arange(len(pixels)) < count)
@@ -149,7 +149,7 @@ def replaced(pixels, batch, key, generator, *, generate, share):
 def unlearn_step(state, frozen, batch, key, *, classifier, generate, optimizer, prepare, share):
     """One step on CE(f(x~), y) + MSE(h(x), h(x~)), BatchNorm in train mode; x~ carries reversed triggers, true labels stay."""
     pixels = prepare(key, batch)
-    mixed = jax.lax.stop_gradient(replaced(pixels, batch, key, frozen["generator"], generate=generate, share=share))
+    mixed = jax.lax.stop_gradient(replaced(pixels, key, frozen["generator"], generate=generate, share=share))
 
     def objective(params):
         variables = {"params": params, "batch_stats": state.statistics}
@@ -286,6 +286,7 @@ def by_rounds(
             journal=journal.part(name),
         )
 
+    reverse = jax.jit(generate)
     adam, mask_adam = optax.adam(rates[0]), optax.adam(rates[1])
     making = {"generate": generate, "scale": scale, "optimizer": adam}
     blank = jnp.zeros((1, *classifier.image_shape))
@@ -303,27 +304,25 @@ def by_rounds(
         maker = maker.replace(step=parallel.replicate(jnp.zeros((), jnp.int32)))
         frozen = (drifted, jax.device_get(mask), np.int32(target))
         maker, made = fit(f"{name}_generator", reversal_step, maker, frozen, phase="generator", **making)
-        reverse = jax.jit(generate)
         if number == 0:
-            target = _mostly(key, classifier, now, clean, partial(reverse, maker.params))
+            target = _mostly(key, classifier, now, clean, scale, partial(reverse, maker.params))
         current = current.replace(step=parallel.replicate(jnp.zeros((), jnp.int32)))
         frozen = {"generator": jax.device_get(maker.params), "backdoored": variables}
         watched = watch(classifier, held_out)
         current, tuned = fit(f"{name}_unlearn", unlearn, current, frozen, phase="unlearn", after=watched, generate=generate)
         history = [*history, *told, *made, *tuned]
     shown = clean.images[:8]
-    made = np.clip(np.round(np.asarray(jax.jit(generate)(maker.params, shown.astype(np.float32)))), 0, 255)
+    made = np.clip(np.round(np.asarray(reverse(maker.params, shown.astype(np.float32)))), 0, 255)
     evidence = {"images": shown, "reversed": made.astype(np.uint8)}
     return Purified(current.variables, history, told={"reversed_target": int(target)}, evidence=evidence)
 
 
-def _mostly(key, classifier, variables, clean, reverse) -> int:
+def _mostly(key, classifier, variables, clean, scale: Scale, reverse) -> int:
     """The class that most reversed images, made of slightly noisy ones, are taken for."""
     votes = np.zeros(classifier.num_classes, int)
-    spread = NOISE * scale_of(clean.images).std
     for begin in range(0, len(clean), 100):
         pixels = clean.images[begin : begin + 100].astype(np.float32)
-        noise = np.asarray(jax.random.normal(keys.stream(key, "noise", begin), pixels.shape)) * spread
+        noise = np.asarray(jax.random.normal(keys.stream(key, "noise", begin), pixels.shape)) * NOISE * scale.std
         seen = train.predict(classifier, variables, np.asarray(reverse(pixels + noise)))
         votes += np.bincount(seen, minlength=len(votes))
     return int(votes.argmax())

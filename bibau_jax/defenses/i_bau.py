@@ -60,6 +60,11 @@ def moved(images: jax.Array, delta: jax.Array) -> jax.Array:
     return images.astype(jnp.float32) + 255.0 * delta
 
 
+def misled(logits: jax.Array, labels: jax.Array, delta: jax.Array, penalty: float) -> jax.Array:
+    """What the perturbation minimises: -CE of the images that carry it, plus penalty |delta|^2."""
+    return -cross_entropy(logits, labels).mean() + penalty * jnp.sum(delta**2)
+
+
 def inner_step(delta, variables, images, *, classifier, inner_rate, penalty, radius):
     """One ascent step of the perturbation on the loss of the classes that the network now predicts, less penalty |delta|^2.
 
@@ -69,8 +74,7 @@ def inner_step(delta, variables, images, *, classifier, inner_rate, penalty, rad
     labels = jnp.argmax(classifier.apply(variables, images).logits, -1)
 
     def loss(delta):
-        logits = classifier.apply(variables, moved(images, delta)).logits
-        return -cross_entropy(logits, labels).mean() + penalty * jnp.sum(delta**2)
+        return misled(classifier.apply(variables, moved(images, delta)).logits, labels, delta, penalty)
 
     delta = delta - inner_rate * jax.grad(loss)(delta)
     return pgd.project(delta, radius, "l2") if radius else delta
@@ -89,7 +93,7 @@ def step(state, frozen, batch, key, *, classifier, optimizer, share, terms, map_
 
     def inner(delta, params):
         images, labels = frozen
-        return -cross_entropy(logits(params, moved(images, delta)), labels).mean() + penalty * jnp.sum(delta**2)
+        return misled(logits(params, moved(images, delta)), labels, delta, penalty)
 
     loss, grads = hypergradient(outer, inner, state.delta, state.params, rate=map_rate, terms=terms)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -166,11 +170,10 @@ def purify(
         radius=radius,
     )
     batch_size = min(batch_size, len(clean))
-    parallel.check_batch(batch_size, "batch_size")
     ascend = jax.jit(partial(inner_step, classifier=classifier, inner_rate=inner_rate, penalty=penalty, radius=radius))
 
     def anew(state, epoch):
-        delta = parallel.replicate(jnp.zeros((1, *classifier.image_shape)))
+        delta = jnp.zeros_like(state.delta)
         for begin in range(0, len(clean) // batch_size * batch_size, batch_size):
             delta = ascend(delta, state.variables, parallel.replicate(clean.images[begin : begin + batch_size]))
         return state.replace(delta=delta)

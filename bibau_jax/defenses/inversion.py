@@ -89,7 +89,7 @@ def step(state, frozen, batch, key, *, classifier, optimizer, per_epoch, enough,
     images = crop_and_flip(keys.stream(key, "augment"), batch["images"], padding=padding, flip=flip).astype(jnp.float32)
     gradient = jax.grad(partial(objective, classifier=classifier), has_aux=True)
     grads, (loss, size, hit) = gradient(state.raw, state.weight, jnp.arange(len(state.weight)), images, frozen)
-    updates, opt_state = jax.vmap(optimizer.update)(grads, state.opt_state, state.raw)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.raw)
     going = ~state.ended
     raw = jax.tree.map(lambda new, old: _where(going, new, old), optax.apply_updates(state.raw, updates), state.raw)
     state = state.replace(step=state.step + 1, raw=raw, opt_state=opt_state)
@@ -148,7 +148,7 @@ def start(key: jax.Array, classifier: Classifier, optimizer) -> State:
     state = State(
         step=jnp.zeros((), jnp.int32),
         raw=raw,
-        opt_state=jax.vmap(optimizer.init)(raw),
+        opt_state=optimizer.init(raw),
         weight=jnp.full(count, FIRST_WEIGHT),
         up=zeros,
         down=zeros,

@@ -32,7 +32,7 @@ def towards(params, backdoored, rho: float):
 def path_step(state, frozen, batch, key, *, classifier, generate, optimizer, prepare, share, rho):
     """One step along the gradient of CE(f(x~), y) at the moved point, whose running statistics are kept."""
     pixels = prepare(key, batch)
-    mixed = replaced(pixels, batch, key, frozen["generator"], generate=generate, share=share)
+    mixed = replaced(pixels, key, frozen["generator"], generate=generate, share=share)
 
     def objective(params):
         outputs = classifier.apply({"params": params, "batch_stats": state.statistics}, mixed, train=True)

@@ -125,7 +125,7 @@ def purify(
         frozen=unlearned_model,
         journal=journal.part("recover"),
     )
-    masks, watched = jax.device_get(state.params), held_out if held_out is not None and len(held_out) else clean
-    found, told = by_masks(classifier, jax.device_get(variables), masks, watched, threshold=threshold, max_loss=max_loss)
+    masks, chosen_on = jax.device_get(state.params), held_out or clean
+    found, told = by_masks(classifier, jax.device_get(variables), masks, chosen_on, threshold=threshold, max_loss=max_loss)
     told |= {"unlearned_to": history[-1]["accuracy"] if history else 1.0}
     return Purified(found, [*history, *recovered], told=told, evidence=masks)

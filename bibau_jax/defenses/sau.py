@@ -4,7 +4,6 @@ Adversarial images of the model being purified that the backdoored model takes f
 the model is taught not to answer that class for them.
 """
 
-from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -100,11 +99,10 @@ def check(
     epsilon: float = 51.0,
     step_size: float = 51.0,
     learning_rate: float = 1e-4,
-    weights: Sequence[float] = (),
     **others,
 ) -> None:
     """Raises `UserError` on settings that `purify` cannot use; a weight is any `lambda_` of at least 0."""
-    weights = (*weights, *(value for name, value in others.items() if name.startswith("lambda_")))
+    weights = [value for name, value in others.items() if name.startswith("lambda_")]
     if epochs < 1 or steps < 1 or min(epsilon, step_size, learning_rate) <= 0 or min(weights, default=0) < 0:
         raise UserError("sau needs epochs and steps of at least 1, positive epsilon, step_size and rate, no negative weight")
 
@@ -144,7 +142,9 @@ def purify(
         epsilon=epsilon,
         step_size=step_size,
         learning_rate=learning_rate,
-        weights=(lambda_adversarial, lambda_shared, lambda_unlearning),
+        lambda_adversarial=lambda_adversarial,
+        lambda_shared=lambda_shared,
+        lambda_unlearning=lambda_unlearning,
     )
     optimizer = optax.amsgrad(learning_rate)
     state, history = train.fit(
