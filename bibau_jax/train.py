@@ -114,15 +114,16 @@ def train_step(
 
     gradient = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
     (loss, (statistics, extra, accuracy)), (grads, extra_grads) = gradient(state.params, state.extra)
-    params, opt_state = _apply(optimizer, grads, state.opt_state, state.params)
+    params, opt_state = updated(optimizer, grads, state.opt_state, state.params)
     extra_opt_state = state.extra_opt_state
     if extra_optimizer is not None:
-        extra, extra_opt_state = _apply(extra_optimizer, extra_grads, extra_opt_state, extra)
+        extra, extra_opt_state = updated(extra_optimizer, extra_grads, extra_opt_state, extra)
     state = TrainState(state.step + 1, params, statistics, opt_state, extra, extra_opt_state)
     return state, {"loss": loss, "accuracy": accuracy}
 
 
-def _apply(optimizer, grads, opt_state, params):
+def updated(optimizer: optax.GradientTransformation, grads, opt_state, params) -> tuple:
+    """(parameters, the optimiser's state) after one step along `grads`."""
     updates, opt_state = optimizer.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state
 

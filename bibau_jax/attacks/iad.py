@@ -98,8 +98,7 @@ def mask_step(state: train.TrainState, frozen, batch, key, *, module, optimizer,
         return mask_loss(module, {"params": params, "batch_stats": state.statistics}, pixels, density)
 
     (value, (statistics, covered)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params, opt_state = train.updated(optimizer, grads, state.opt_state, state.params)
     return state.replace(step=state.step + 1, params=params, statistics=statistics, opt_state=opt_state), {
         "loss": value,
         "covered": covered,

@@ -97,8 +97,7 @@ def mask_step(state, frozen, batch, key, *, classifier, optimizer, prepare):
 def _generator_step(state, batch, key, prepare, optimizer, objective):
     pixels = prepare(key, batch)
     (loss, parts), grads = jax.value_and_grad(partial(objective, pixels=pixels), has_aux=True)(state.params)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params, opt_state = train.updated(optimizer, grads, state.opt_state, state.params)
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state), {"loss": loss, **parts}
 
 
@@ -160,8 +159,7 @@ def unlearn_step(state, frozen, batch, key, *, classifier, generate, optimizer, 
         return loss + jnp.mean((features - moved) ** 2), (plain.statistics, right)
 
     (loss, (statistics, right)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params, opt_state = train.updated(optimizer, grads, state.opt_state, state.params)
     state = state.replace(step=state.step + 1, params=params, statistics=statistics, opt_state=opt_state)
     return state, {"loss": loss, "accuracy": right}
 

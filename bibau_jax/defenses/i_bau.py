@@ -96,8 +96,7 @@ def step(state, frozen, batch, key, *, classifier, optimizer, share, terms, map_
         return misled(logits(params, moved(images, delta)), labels, delta, penalty)
 
     loss, grads = hypergradient(outer, inner, state.delta, state.params, rate=map_rate, terms=terms)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params, opt_state = train.updated(optimizer, grads, state.opt_state, state.params)
     metrics = {"loss": loss, "perturbation": jnp.sqrt(jnp.sum(state.delta**2))}
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 

@@ -8,7 +8,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from bibau_jax import keys, train
 from bibau_jax.data import ImageSet
@@ -32,8 +31,7 @@ def step(state, frozen, batch, key, *, classifier, optimizer, lambda_clean, lamb
         return lambda_clean * clean + lambda_backdoor * triggered, (outputs.statistics, clean, triggered)
 
     (loss, (statistics, clean, triggered)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params, opt_state = train.updated(optimizer, grads, state.opt_state, state.params)
     state = dataclasses.replace(state, step=state.step + 1, params=params, statistics=statistics, opt_state=opt_state)
     return state, {"loss": loss, "clean_loss": clean, "triggered_loss": triggered}
 

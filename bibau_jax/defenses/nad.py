@@ -45,8 +45,7 @@ def step(state, teacher, batch, key, *, classifier, optimizer, paths, betas, pad
         return cross_entropy(outputs.logits, batch["labels"]).mean() + apart, (outputs.statistics, apart, right)
 
     (loss, (statistics, apart, right)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params, opt_state = train.updated(optimizer, grads, state.opt_state, state.params)
     state = state.replace(step=state.step + 1, params=params, statistics=statistics, opt_state=opt_state)
     return state, {"loss": loss, "distillation": apart, "accuracy": right}
 

@@ -41,8 +41,7 @@ def path_step(state, frozen, batch, key, *, classifier, generate, optimizer, pre
 
     point = towards(state.params, frozen["backdoored"]["params"], rho)
     (loss, (statistics, right)), grads = jax.value_and_grad(objective, has_aux=True)(point)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params, opt_state = train.updated(optimizer, grads, state.opt_state, state.params)
     state = state.replace(step=state.step + 1, params=params, statistics=statistics, opt_state=opt_state)
     return state, {"loss": loss, "accuracy": right}
 

@@ -31,8 +31,7 @@ def unlearn_step(state, frozen, batch, key, *, classifier, optimizer, padding, f
         return -cross_entropy(outputs.logits, batch["labels"]).mean(), (outputs.statistics, right)
 
     (loss, (statistics, right)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params, opt_state = train.updated(optimizer, grads, state.opt_state, state.params)
     state = state.replace(step=state.step + 1, params=params, statistics=statistics, opt_state=opt_state)
     return state, {"loss": loss, "accuracy": right}
 

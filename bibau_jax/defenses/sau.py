@@ -85,8 +85,7 @@ def step(state, backdoored, batch, key, *, classifier, optimizer, attack, train_
         return clean + lambda_unlearning * unlearn, (statistics, parts)
 
     (loss, (statistics, parts)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params, opt_state = train.updated(optimizer, grads, state.opt_state, state.params)
     state = state.replace(step=state.step + 1, params=params, statistics=statistics, opt_state=opt_state)
     return state, {"loss": loss, **parts}
 
