@@ -3,20 +3,34 @@
 import sys
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 
 from bibau_jax import models, train
 from bibau_jax.errors import UserError
-from bibau_jax.importers import rules, torch_file
+from bibau_jax.importers import architectures, rules, torch_file
 from bibau_jax.models import inside
 from bibau_jax.models.classifier import at
 
 FOLDER = Path(__file__).parent / "torch"
 SHARED = Path(__file__).parents[2] / "shared" / "data"
-TABLES = {"wide_resnet16": rules.WIDE_RESNET, "resnet20": rules.RESNET, "resnet18": rules.RESNET}
-SMALL = {"wide_resnet16": {"width": 16}, "resnet20": {"width": 8}}
+# The stored networks: the side of the images that they were shown, and what their weights do not tell.
+STORED = {
+    "wide_resnet16": (16, {}),
+    "resnet20": (16, {}),
+    "resnet18_imagenet": (32, {}),
+    "preact_resnet18": (16, {}),
+    "vgg19_bn": (32, {}),
+    "vit_b_32": (16, {"heads": 2}),
+    "clip_vit_b_32": (16, {"heads": 2}),
+}
+TINY = {
+    "vit_b_32": {"stages": (2,), "patch": 8, "size": 32},
+    "clip_vit_b_32": {"stages": (2,), "patch": 8, "size": 32, "projection": 5},
+    "vgg19_bn": {"hidden": 12},
+}
 
 
 @pytest.fixture(scope="module")
@@ -30,66 +44,86 @@ def weights(stored, name) -> dict[str, np.ndarray]:
     return {key.removeprefix(begin): value for key, value in stored.items() if key.startswith(begin)}
 
 
-def build(name, shape=(16, 16, 3), mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), **options):
-    return models.build(name, num_classes=10, image_shape=shape, mean=mean, std=std, **options)
+def small(stored, name) -> tuple[dict[str, np.ndarray], architectures.Architecture, models.Classifier]:
+    """(weights, what they are guessed to be, the network for the stored images)."""
+    (side, hidden), arrays = STORED[name], weights(stored, name)
+    found = architectures.guess(arrays)
+    options = {"num_classes": 10, "image_shape": (side, side, 3), "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}
+    return arrays, found, architectures.classifier(found, **options, **hidden)
 
 
-def imported(name, arrays, classifier):
-    return rules.to_variables(arrays, TABLES[name], jax.eval_shape(classifier.init, jax.random.key(0)))
+def imported(arrays, table, classifier):
+    return rules.to_variables(arrays, table, jax.eval_shape(classifier.init, jax.random.key(0)))
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", STORED)
 def test_imported_networks_answer_as_pytorchs_do(name, stored):
-    classifier = build(name, **SMALL[name])
-    found = imported(name, weights(stored, name), classifier)
-    logits = train.logits(classifier, found.variables, stored["images"])
-    np.testing.assert_allclose(logits, stored[f"{name}/logits"], atol=1e-4)
+    arrays, found, classifier = small(stored, name)
+    assert found.name == name
+    variables = imported(arrays, found.table, classifier).variables
+    logits = train.logits(classifier, variables, stored[f"images_{STORED[name][0]}"])
+    np.testing.assert_allclose(logits, stored[f"{name}/logits"], atol=1e-5)
+    assert np.ptp(logits, 0).min() > 1e-3  # the images make a difference
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", STORED)
 def test_what_was_imported_goes_back_bit_by_bit_under_the_same_names(name, stored):
-    arrays = weights(stored, name)
-    found = imported(name, arrays, build(name, **SMALL[name]))
+    arrays, architecture, classifier = small(stored, name)
+    found = imported(arrays, architecture.table, classifier)
     back = rules.to_arrays(found.variables, arrays, found.places)
     assert list(back) == list(arrays)
     for key, value in arrays.items():
-        assert back[key].dtype == value.dtype and back[key].tobytes() == value.tobytes(), key
+        assert back[key].shape == value.shape and back[key].dtype == value.dtype and back[key].tobytes() == value.tobytes(), key
 
 
-def test_every_description_of_a_network_is_true_of_it():
-    for name in models.names():
-        classifier = build(name, width=8)
-        variables = jax.eval_shape(classifier.init, jax.random.key(0))
-        for pair in classifier.norms:
-            kernel, norm = (
-                at(variables["params"], pair.conv),
-                at(variables["params"], pair.norm),
-            )
-            assert kernel["kernel"].shape[-1:] == norm["scale"].shape == norm["bias"].shape
-        seen = jax.eval_shape(
-            lambda pixels, c=classifier: inside.look(c, c.init(jax.random.key(0)), pixels, c.stages)[1],
-            np.zeros((2, 16, 16, 3), np.float32),
-        )
-        widths = [activation.shape[1] for activation in seen.values()]
-        assert widths == [16 // 2**stage for stage in range(len(classifier.stages))]
-        taps = jax.eval_shape(
-            lambda pixels, c=classifier: c.apply(c.init(jax.random.key(0)), pixels, taps=True).taps, np.zeros((2, 16, 16, 3))
-        )
-        assert {"/".join(pair.conv) for pair in classifier.main_path} <= taps.keys()
+@pytest.mark.parametrize("name", models.names())
+def test_every_description_of_a_network_is_true_of_it(name):
+    shape = {"num_classes": 10, "image_shape": (32, 32, 3), "width": 8}
+    classifier = models.build(name, **shape, **TINY.get(name, {}))
+    variables, images = jax.eval_shape(classifier.init, jax.random.key(0)), np.zeros((2, 32, 32, 3), np.float32)
+    for pair in classifier.norms:
+        kernel, norm = at(variables["params"], pair.conv), at(variables["params"], pair.norm)
+        assert kernel["kernel"].shape[-1:] == norm["scale"].shape == norm["bias"].shape
+    outputs, seen = jax.eval_shape(lambda v: inside.look(classifier, v, images, classifier.stages), variables)
+    sides = [seen["/".join(path)].shape[1] for path in classifier.stages]
+    assert sides == sorted(set(sides), reverse=True) and all(activation.ndim == 4 for activation in seen.values())
+    assert (classifier.head_kernel(variables["params"]).shape[0],) == outputs.features.shape[1:]
+    taps = jax.eval_shape(lambda v: classifier.apply(v, images, taps=True).taps, variables)
+    assert classifier.compared and {"/".join(path) for path in classifier.compared} <= taps.keys()
+    for path in classifier.compared:
+        assert at(variables["params"], path)["kernel"].shape[-1] == taps["/".join(path)].shape[-1]
+    assert {pair.conv for pair in classifier.main_path} <= set(classifier.compared)
+
+
+@pytest.mark.parametrize("name", ["vgg19_bn", "preact_resnet18", "resnet18", "resnet18_imagenet"])
+def test_norms_are_in_the_order_in_which_the_network_runs(name):
+    classifier = models.build(name, num_classes=10, image_shape=(32, 32, 3), width=8, **TINY.get(name, {}))
+    run = []
+
+    def intercept(call, arguments, options, context):
+        run.append(context.module.path)
+        return call(*arguments, **options)
+
+    with nn.intercept_methods(intercept):
+        jax.eval_shape(classifier.module.init, jax.random.key(0), np.zeros((1, 32, 32, 3)))
+    for described in ([pair.norm for pair in classifier.main_path], [pair.conv for pair in classifier.main_path]):
+        assert sorted(described, key=run.index) == described
+    assert sorted(classifier.compared, key=run.index) == list(classifier.compared)
 
 
 def test_what_is_missing_left_over_or_of_another_shape_is_listed(stored):
-    classifier, arrays = build("resnet20", width=8), weights(stored, "resnet20")
+    arrays, architecture, classifier = small(stored, "resnet20")
+    table = architecture.table
     with pytest.raises(UserError, match=r"1 are missing \(params/head/bias\)"):
-        imported("resnet20", {key: value for key, value in arrays.items() if key != "linear.bias"}, classifier)
+        imported({key: value for key, value in arrays.items() if key != "linear.bias"}, table, classifier)
     with pytest.raises(UserError, match=r"1 are left over \(layer9.0.conv1.weight\)"):
-        imported("resnet20", arrays | {"layer9.0.conv1.weight": arrays["conv1.weight"]}, classifier)
+        imported(arrays | {"layer9.0.conv1.weight": arrays["conv1.weight"]}, table, classifier)
     with pytest.raises(UserError, match=r"1 have another shape \(params/head/kernel \[32, 7\] for \[32, 10\]\)"):
-        imported("resnet20", arrays | {"linear.weight": np.zeros((7, 32), np.float32)}, classifier)
+        imported(arrays | {"linear.weight": np.zeros((7, 32), np.float32)}, table, classifier)
     with pytest.raises(UserError, match=r"1 are not finite \(batch_stats/bn1/var\)"):
-        imported("resnet20", arrays | {"bn1.running_var": np.full(8, np.inf)}, classifier)
+        imported(arrays | {"bn1.running_var": np.full(8, np.inf)}, table, classifier)
     with pytest.raises(UserError, match=r"and \d+ more\)"):
-        imported("resnet20", weights(stored, "wide_resnet16"), classifier)
+        imported(weights(stored, "wide_resnet16"), table, classifier)
 
 
 # --- models that others trained, where they are at hand
@@ -112,8 +146,11 @@ def test_models_of_others_have_their_stated_accuracy_and_success(file, monkeypat
     name, (mean, std), accuracy, success, target = THIRD_PARTY[file]
     data = load_mosaic("cifar10", splits=("test",))
     images, labels = data["test_images"], data["test_labels"].astype(np.int32)
-    classifier = build(name, (32, 32, 3), mean, std)
-    variables = imported(name, torch_file.read(SHARED / "models" / file).arrays, classifier).variables
+    arrays = torch_file.read(SHARED / "models" / file).arrays
+    found = architectures.guess(arrays)
+    assert found.name == name
+    classifier = architectures.classifier(found, num_classes=10, image_shape=(32, 32, 3), mean=mean, std=std)
+    variables = imported(arrays, found.table, classifier).variables
     assert 100 * train.accuracy(classifier, variables, images, labels) == pytest.approx(accuracy, abs=0.3)
     if success is not None:
         triggers, stem, others = np.load(SHARED / "models" / "triggers.npz"), file.partition(".")[0], labels != target

@@ -1,7 +1,9 @@
 """From PyTorch's names and layouts to ours and back: one table of module names a network, every key accounted for.
 
 A table maps names of modules ("layer1.0.conv1") to paths ("layer1_0/conv1"); what lies below them follows from the arrays:
-kernels are turned, norms' weights are scales, running statistics are state of their own.
+kernels are turned, norms' weights are scales, running statistics are state of their own. An array that is no module's weight
+or bias ("class_token") has a rule of its own, to a whole path of parameters: it is turned where that ends in "kernel", and
+else kept, without leading axes of length one.
 """
 
 import re
@@ -12,7 +14,7 @@ import numpy as np
 
 from bibau_jax.errors import UserError
 
-Table = Sequence[tuple[str, str]]  # regular expression of a module's whole name -> its path, with groups
+Table = Sequence[tuple[str, str]]  # regular expression of a module's, or an array's, whole name -> its path, with groups
 
 _HEAD = (r"(?:linear|fc|classifier|head)", r"head")
 RESNET = (
@@ -26,6 +28,43 @@ WIDE_RESNET = (
     (r"(conv1|bn1)", r"\1"),
     (r"block(\d+)\.layer\.(\d+)\.(conv\d|bn\d)", r"layer\1_\2/\3"),
     (r"block(\d+)\.layer\.(\d+)\.convShortcut", r"layer\1_\2/shortcut_conv"),
+    _HEAD,
+)
+VGG = (
+    (r"features\.(\d+)", r"features_\1"),
+    (r"classifier\.([03])", r"classifier_\1"),
+    (r"classifier\.6", r"head"),
+    _HEAD,
+)
+_BLOCK = r"(?:1\.)?encoder\.layers\.encoder_layer_(\d+)\."  # "1." where the network stands behind a resize
+VIT = (
+    (r"(?:1\.)?class_token", r"class_token"),
+    (r"(?:1\.)?conv_proj", r"patches"),
+    (r"(?:1\.)?encoder\.pos_embedding", r"positions"),
+    (_BLOCK + r"ln_(\d)", r"block_\1/norm\2"),
+    (_BLOCK + r"self_attention\.in_proj_weight", r"block_\1/qkv/kernel"),
+    (_BLOCK + r"self_attention\.in_proj_bias", r"block_\1/qkv/bias"),
+    (_BLOCK + r"self_attention\.out_proj", r"block_\1/out"),
+    (_BLOCK + r"mlp\.(?:0|linear_1)", r"block_\1/mlp1"),
+    (_BLOCK + r"mlp\.(?:3|linear_2)", r"block_\1/mlp2"),
+    (r"(?:1\.)?encoder\.ln", r"norm"),
+    (r"(?:1\.)?heads\.head", r"head"),
+    _HEAD,
+)
+_RESIDUAL = r"(?:visual\.)?transformer\.resblocks\.(\d+)\."
+CLIP_VIT = (
+    (r"(?:visual\.)?class_embedding", r"class_token"),
+    (r"(?:visual\.)?conv1", r"patches"),
+    (r"(?:visual\.)?positional_embedding", r"positions"),
+    (r"(?:visual\.)?ln_pre", r"norm0"),
+    (_RESIDUAL + r"ln_(\d)", r"block_\1/norm\2"),
+    (_RESIDUAL + r"attn\.in_proj_weight", r"block_\1/qkv/kernel"),
+    (_RESIDUAL + r"attn\.in_proj_bias", r"block_\1/qkv/bias"),
+    (_RESIDUAL + r"attn\.out_proj", r"block_\1/out"),
+    (_RESIDUAL + r"mlp\.c_fc", r"block_\1/mlp1"),
+    (_RESIDUAL + r"mlp\.c_proj", r"block_\1/mlp2"),
+    (r"(?:visual\.)?ln_post", r"norm"),
+    (r"(?:visual\.)?proj", r"projection"),
     _HEAD,
 )
 STATISTICS = {"running_mean": "mean", "running_var": "var"}
@@ -43,6 +82,8 @@ def place_of(name: str, array: np.ndarray, table: Table) -> str | None:
     """Where the array called `name` goes, "params/layer1_0/conv1/kernel"; None where no rule of the table fits."""
     module, _, leaf = name.rpartition(".")
     for pattern, path in table:
+        if match := re.fullmatch(pattern, name):
+            return f"params/{match.expand(path)}"
         if match := re.fullmatch(pattern, module):
             where = match.expand(path)
             if leaf in STATISTICS:
@@ -63,29 +104,55 @@ def turned_back(array: np.ndarray) -> np.ndarray:
     return array.transpose({4: (3, 2, 0, 1), 2: (1, 0)}.get(array.ndim, range(array.ndim)))
 
 
+def laid_out(array: np.ndarray, place: str, rank: int) -> np.ndarray:
+    """The array as it lies at `place`, a view: kernels turned, others without leading axes of length one beyond `rank`."""
+    if place.endswith("/kernel"):
+        return turned(array)
+    spare = max(0, array.ndim - rank)
+    return array.reshape(array.shape[spare:]) if array.shape[:spare] == (1,) * spare else array
+
+
+def misfits(arrays: dict[str, np.ndarray], table: Table, like: dict) -> list[str]:
+    """Why the arrays are not the variables of a network shaped as `like`: what is left over, missing, or of another shape."""
+    wanted = _shapes(like)
+    places, left = _placed(arrays, table, wanted)
+    held = set(places.values())
+    problems = _told("are left over", left) + _told("are missing", [path for path in wanted if path not in held])
+    if problems:
+        return problems
+    found = {place: laid_out(arrays[name], place, len(wanted[place])).shape for name, place in places.items()}
+    return _told("have another shape", [f"{p} {list(found[p])} for {list(wanted[p])}" for p in wanted if found[p] != wanted[p]])
+
+
 def to_variables(arrays: dict[str, np.ndarray], table: Table, like: dict) -> Imported:
     """The variables that the arrays make, shaped as `like` (of `Classifier.init`, or its shapes).
 
     UserError that lists what is missing, left over, of another shape, or not finite; num_batches_tracked alone is left out.
     """
-    wanted = {path: tuple(leaf.shape) for path, leaf in _flat(like).items()}
-    places, found, left = {}, {}, []
+    problems, wanted = misfits(arrays, table, like), _shapes(like)
+    if not problems:
+        places, _ = _placed(arrays, table, wanted)
+        found = {p: laid_out(np.asarray(arrays[name], np.float32), p, len(wanted[p])) for name, p in places.items()}
+        problems = _told("are not finite", [path for path, array in found.items() if not np.isfinite(array).all()])
+    if problems:
+        raise UserError(f"the weights do not fit this network: {'; '.join(problems)}")
+    tree = {part: {} for part in like} | _nested({path: np.ascontiguousarray(found[path]) for path in wanted})
+    return Imported(tree, places)
+
+
+def _placed(arrays: dict[str, np.ndarray], table: Table, wanted: dict) -> tuple[dict[str, str], list[str]]:
+    """({name: path} of the arrays that have a place among those wanted, the names of those that have none)."""
+    places, taken, left = {}, set(), []
     for name, array in arrays.items():
         if name.rpartition(".")[2] == DROPPED:
             continue
         place = place_of(name, array, table)
-        if place is None or place not in wanted or place in found:
+        if place is None or place not in wanted or place in taken:
             left.append(name)
-            continue
-        places[name], found[place] = place, turned(np.asarray(array, np.float32))
-    problems = _told("are left over", left) + _told("are missing", [path for path in wanted if path not in found])
-    if not problems:
-        other = [f"{p} {list(found[p].shape)} for {list(wanted[p])}" for p in wanted if found[p].shape != wanted[p]]
-        problems = _told("have another shape", other)
-        problems += _told("are not finite", [path for path, array in found.items() if not np.isfinite(array).all()])
-    if problems:
-        raise UserError(f"the weights do not fit this network: {'; '.join(problems)}")
-    return Imported(_nested({path: np.ascontiguousarray(found[path]) for path in wanted}), places)
+        else:
+            places[name] = place
+            taken.add(place)
+    return places, left
 
 
 def to_arrays(variables: dict, original: dict[str, np.ndarray], places: dict[str, str]) -> dict[str, np.ndarray]:
@@ -94,7 +161,8 @@ def to_arrays(variables: dict, original: dict[str, np.ndarray], places: dict[str
     made = {}
     for name, array in original.items():
         if name in places:
-            value = turned_back(np.asarray(held[places[name]], np.float32))
+            value = np.asarray(held[places[name]], np.float32)
+            value = turned_back(value) if places[name].endswith("/kernel") else value
             made[name] = np.ascontiguousarray(value.astype(array.dtype)).reshape(array.shape)
         else:
             made[name] = array
@@ -104,6 +172,10 @@ def to_arrays(variables: dict, original: dict[str, np.ndarray], places: dict[str
 def _told(what: str, names: Sequence[str]) -> list[str]:
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return [f"{len(names)} {what} ({', '.join(names[:5])}{more})"] if names else []
+
+
+def _shapes(like: dict) -> dict[str, tuple[int, ...]]:
+    return {path: tuple(leaf.shape) for path, leaf in _flat(like).items()}
 
 
 def _flat(tree, path: str = "") -> dict:

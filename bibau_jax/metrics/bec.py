@@ -44,17 +44,17 @@ def _tac_of_batch(classifier, variables, clean, triggered, counted):
     taps = [classifier.apply(variables, parallel.shard(pixels), taps=True).taps for pixels in (clean, triggered)]
 
     def norms(activations):
-        size = jnp.sqrt(jnp.sum(activations.astype(jnp.float32) ** 2, (1, 2)))
+        size = jnp.sqrt(jnp.sum(activations.astype(jnp.float32) ** 2, range(1, activations.ndim - 1)))
         return jnp.sum(size * counted[:, None], 0)
 
     return {name: (norms(taps[0][name] - taps[1][name]), norms(taps[0][name]) + norms(taps[1][name])) for name in taps[0]}
 
 
 def trigger_activated_change(classifier: Classifier, variables, clean, triggered) -> dict[str, np.ndarray]:
-    """TAC of every channel of every convolution, {layer: float64 [C]}: how far the trigger moves it against its usual size.
+    """TAC of every channel of every tapped layer, {layer: float64 [C]}: how far the trigger moves it against its usual size.
 
-    Mean over pairs of |F(x) - F(x')|, over the mean of |F| on both, with L2 norms over space. `clean` and `triggered` are the
-    same uint8 images [N, H, W, C] without and with the trigger.
+    Mean over pairs of |F(x) - F(x')|, over the mean of |F| on both, with L2 norms over space, or over tokens. `clean` and
+    `triggered` are the same uint8 images [N, H, W, C] without and with the trigger.
     """
     sums, variables = None, parallel.replicate(variables)
     for (first, second), count in parallel.blocks(BATCH, clean, triggered):
@@ -106,10 +106,10 @@ def reference(
     """The two ends of the scale, from the same uint8 images [N, H, W, C] without and with the trigger.
 
     TAC is taken over all pairs, CKA over the triggered images. `share` of each layer's channels is compared, in the last
-    `layers` convolutions, shortcuts left out (the paper: 10 of ResNet-18; 0 for all).
+    `layers` of `Classifier.compared`: convolutions without shortcuts (the paper: 10 of ResNet-18; 0 for all).
     """
     tac = trigger_activated_change(classifier, backdoored, clean, triggered)
-    compared = ["/".join(pair.conv) for pair in classifier.main_path][-layers:]
+    compared = ["/".join(path) for path in classifier.compared][-layers:]
     channels = {name: top_channels(tac[name], share) for name in compared}
     ends = [grams(classifier, variables, triggered, channels) for variables in (backdoored, twin)]
     return Reference(channels, ends[0], {name: linear_cka(ends[1][name], ends[0][name]) for name in channels})

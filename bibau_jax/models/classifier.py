@@ -35,8 +35,10 @@ class NormOfConv(NamedTuple):
 class Classifier:
     """An image classifier on pixels 0..255, NHWC (uint8 or float); normalisation is its first layer.
 
-    `head` is the path of the linear head, whose kernel is [D, classes]; `norms` pairs convolutions with the norm behind each;
-    `stages` are the modules whose outputs end the stages, the last of them what is pooled into features.
+    `head` is the path of the linear head, whose kernel is [D, classes]; `norms` pairs convolutions with the norm behind each,
+    as the network runs; `stages` are the modules whose outputs [N, H, W, C] end the stages, the last of them what is pooled
+    into features. `layers` are those that models are compared in where they are not the convolutions of `norms`; they are
+    tapped, and their kernels end in [..., C].
     """
 
     module: nn.Module
@@ -45,23 +47,30 @@ class Classifier:
     head: Path = ("head",)
     norms: tuple[NormOfConv, ...] = ()
     stages: tuple[Path, ...] = ()
+    layers: tuple[Path, ...] = ()
 
     def init(self, key: jax.Array) -> dict:
-        """Fresh variables {"params", "batch_stats"}, float32."""
+        """Fresh variables {"params", "batch_stats"}, float32; the latter is {} for a network without BatchNorm."""
         init = partial(self.module.init, mutable=["params", "batch_stats"])
-        return dict(jax.jit(init)(key, jnp.zeros((1, *self.image_shape))))
+        return {"batch_stats": {}} | dict(jax.jit(init)(key, jnp.zeros((1, *self.image_shape))))
 
     def apply(self, variables, pixels, train: bool = False, taps: bool = False) -> Outputs:
         """Logits and features of pixels [N, H, W, C] in 0..255; `train` uses and updates batch statistics."""
         mutable = [name for name, wanted in (("batch_stats", train), ("taps", taps)) if wanted]
         result = self.module.apply(variables, pixels.astype(jnp.float32), train=train, mutable=mutable or False)
         (logits, features), changed = result if mutable else (result, {})
-        return Outputs(logits, features, changed.get("batch_stats"), _flat_taps(changed["taps"]) if taps else None)
+        statistics = changed.get("batch_stats", {}) if train else None
+        return Outputs(logits, features, statistics, _flat_taps(changed["taps"]) if taps else None)
 
     @property
     def main_path(self) -> tuple[NormOfConv, ...]:
         """`norms` in order, without those of shortcuts."""
         return tuple(pair for pair in self.norms if not any("shortcut" in name for name in pair.conv))
+
+    @property
+    def compared(self) -> tuple[Path, ...]:
+        """The layers whose activations models are compared by (BEC), as the network runs; shortcuts are none of them."""
+        return self.layers or tuple(pair.conv for pair in self.main_path)
 
     def map_norms(self, params, change: Callable[[str, dict], dict]) -> dict:
         """`params` with every norm's {"scale", "bias"} behind a convolution replaced by `change("layer1_0/bn1", them)`."""

@@ -1,5 +1,6 @@
-"""ResNet for small images (He et al., CVPR 2016): a 3x3 stem, basic blocks, global average pooling, a linear head."""
+"""ResNet of basic blocks (He et al., CVPR 2016) behind a stem for small images or large; average pooling, a linear head."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,7 +41,8 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """Pixels 0..255 [N, H, W, C] to (logits [N, classes], features [N, D]).
 
-    Stage s has `stages[s]` blocks of `width * 2**s` channels; every stage but the first halves the image.
+    Stage s has `stages[s]` blocks of `width * 2**s` channels; every stage but the first halves the image. The stem is a 3x3
+    convolution, or with `imagenet` one of 7x7 at stride 2 and a 3x3 max-pool at stride 2: a quarter of the image.
     """
 
     classes: int
@@ -50,13 +52,17 @@ class ResNet(nn.Module):
     std: Sequence[float]
     dtype: Any = jnp.float32
     padded: bool = False
+    imagenet: bool = False
 
     @nn.compact
     def __call__(self, pixels: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
         x = Normalize(self.mean, self.std, self.dtype)(pixels)
-        x = conv(self.width, 3, dtype=self.dtype, name="conv1")(x)
+        size, stride = (7, 2) if self.imagenet else (3, 1)
+        x = conv(self.width, size, stride, dtype=self.dtype, name="conv1")(x)
         self.sow("taps", "conv1_output", x)
         x = nn.relu(BatchNorm(dtype=self.dtype, name="bn1")(x, train))
+        if self.imagenet:
+            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         for name, features, stride in blocks(self.width, self.stages):
             x = BasicBlock(features, stride, self.dtype, self.padded, name=name)(x, train)
         features = x.astype(jnp.float32).mean((1, 2))
@@ -90,6 +96,25 @@ def resnet18(
     module = ResNet(num_classes, width, tuple(stages), tuple(mean), tuple(std), dtype)
     ends = tuple((f"layer{number}_{depth - 1}",) for number, depth in enumerate(stages, 1))
     return Classifier(module, num_classes, tuple(image_shape), norms=tuple(norms), stages=ends)
+
+
+def resnet18_imagenet(
+    *,
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+    width: int = 64,
+    stages: Sequence[int] = (2, 2, 2, 2),
+    mean: Sequence[float] = (0.485, 0.456, 0.406),
+    std: Sequence[float] = (0.229, 0.224, 0.225),
+    dtype: Any = jnp.float32,
+) -> Classifier:
+    """ResNet-18 with the stem for 224x224 images: torchvision's, which BackdoorBench uses on small ones too.
+
+    Sizes, mean and std as in `resnet18`.
+    """
+    shape = {"num_classes": num_classes, "image_shape": image_shape, "width": width, "stages": stages}
+    small = resnet18(**shape, mean=mean, std=std, dtype=dtype)
+    return dataclasses.replace(small, module=small.module.clone(imagenet=True))
 
 
 def resnet20(
