@@ -9,7 +9,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from bibau_jax import parallel, preflight, progress, records, workdir
+from bibau_jax import models, parallel, preflight, progress, records, workdir
 from bibau_jax.errors import UserError
 from bibau_jax.report import html, tables
 from bibau_jax.run import Run, attack_as_trained, load_model
@@ -38,7 +38,21 @@ def run(config: dict, folder: str, command: str = "") -> records.Record | None:
 
 
 def settled(config: dict) -> dict:
-    """The config with the attack's own poison ratio where it is left to it (0), so that folder and record tell it."""
+    """The config with what it leaves open, so that folder and record tell it.
+
+    That is the network's own width and stages (for a file of one's own, its name) and the attack's own poison ratio.
+    """
+    return _with_ratio(config | {"model": _with_sizes(config["model"])})
+
+
+def _with_sizes(section: dict) -> dict:
+    if section["file"]:
+        return section | {"name": Path(section["file"]).stem}
+    own = models.options(section["name"])
+    return section | {name: own[name] for name in ("width", "stages") if section[name] is None}
+
+
+def _with_ratio(config: dict) -> dict:
     section = config["attack"]
     own = section.get(section["name"], {})
     if section["poison_ratio"] != 0 or own.get("class_share", 0.0):

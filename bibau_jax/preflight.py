@@ -7,6 +7,7 @@ import numpy as np
 
 from bibau_jax import attacks, defenses, models, parallel, records, train, workdir
 from bibau_jax.errors import UserError
+from bibau_jax.models import own_file
 from bibau_jax.run import Run
 from bibau_jax.stages import reactivate
 
@@ -40,7 +41,7 @@ def check(run: Run, wanted: list[str]) -> None:
         records.read(run.folder / "record.json")  # a damaged one would lose what is measured from here on
     if not set(wanted) - {"report"}:
         return
-    models.check(config["model"]["name"])
+    _network(config["model"])
     attacks.get(config["attack"]["name"])
     for row in run.rows:
         defenses.get(row)
@@ -51,20 +52,18 @@ def check(run: Run, wanted: list[str]) -> None:
         _training(section, config[section])
     if config["checkpoint_every"] < 1 or config["data"]["padding"] < 0:
         raise UserError("checkpoint_every must be at least 1, data.padding at least 0")
-    for name, kind in {"stages": int, "mean": (int, float), "std": (int, float)}.items():
-        if not config["model"][name] or not all(isinstance(value, kind) for value in config["model"][name]):
-            raise UserError(f"model.{name} takes {'whole ' * (kind is int)}numbers, not {config['model'][name]}")
     if config["measured_on"] not in ("test", "validation"):
         raise UserError(f'measured_on "{config["measured_on"]}" is unknown; choose test or validation')
     if config["measured_on"] == "validation" and config["data"]["validation_size"] == 0:
         raise UserError("measured_on=validation needs data.validation_size above 0")
     # From here on the data set is read, which is where the classes and the sizes are.
+    classifier = run.classifier
     for row in run.rows:
         module, options = defenses.get(row), run.options(row)
         if hasattr(module, "check"):
-            module.check(run.classifier.num_classes, **options)
+            module.check(classifier.num_classes, **options)
         if hasattr(module, "check_network") and row == config["defense"]["name"]:
-            module.check_network(run.classifier)  # one that runs beside it is left out, and said so
+            module.check_network(classifier)  # one that runs beside it is left out, and said so
         if "batch_size" in config["defense"].get(row, {}):
             taken = min(options["batch_size"], len(run.splits.clean))
             parallel.check_batch(taken, f"defense.{row}.batch_size (of {len(run.splits.clean)} images)")
@@ -80,6 +79,18 @@ def check(run: Run, wanted: list[str]) -> None:
         _same_model(run, "reuse", "implant", (*IMPLANT_PARTS, "attack", "implant"))
     if config["implant"]["clean_twin"] not in ("train", "none"):
         _same_model(run, "clean_twin", "clean", (*IMPLANT_PARTS, "implant"))
+
+
+def _network(section: dict) -> None:
+    """Refuses a network that is not known, a file that defines none, and lists that are not of numbers."""
+    if section["file"]:
+        own_file.load(section["file"])
+    else:
+        models.check(section["name"])
+    for name, kind in {"stages": int, "mean": (int, float), "std": (int, float)}.items():
+        listed = section[name]
+        if listed is not None and (not listed or not all(isinstance(value, kind) for value in listed)):
+            raise UserError(f"model.{name} takes {'whole ' * (kind is int)}numbers, not {listed}")
 
 
 def _numbers(config: dict) -> None:

@@ -13,6 +13,7 @@ from bibau_jax import attacks, checkpoint, data, defenses, keys, models, paralle
 from bibau_jax.data import splits
 from bibau_jax.defenses.bibau import Perturbation
 from bibau_jax.errors import UserError
+from bibau_jax.models import own_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,17 +54,14 @@ class Run:
 
     @cached_property
     def classifier(self) -> models.Classifier:
-        section = dict(self.config["model"])
+        section = {name: value for name, value in self.config["model"].items() if value is not None}
         channels = self.dataset.image_shape[2]
         if len(section["mean"]) != channels or len(section["std"]) != channels:
             raise UserError(f"model.mean and model.std need {channels} values, one a channel of {self.dataset.name}")
-        return models.build(
-            section.pop("name"),
-            num_classes=self.dataset.num_classes,
-            image_shape=self.dataset.image_shape,
-            dtype=parallel.compute_dtype(self.config["compute"]),
-            **section,
-        )
+        name, file = section.pop("name"), section.pop("file", None)
+        shape = {"num_classes": self.dataset.num_classes, "image_shape": self.dataset.image_shape}
+        given = shape | section | {"dtype": parallel.compute_dtype(self.config["compute"])}
+        return own_file.load(file).build(**given) if file else models.build(name, **given)
 
     @cached_property
     def attack(self) -> attacks.Attack:

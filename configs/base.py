@@ -4,6 +4,7 @@ python -m bibau_jax.main --config=configs/digits.py --workdir=runs/digits --conf
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config() -> ConfigDict:
@@ -35,8 +36,14 @@ def get_config() -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.name = "resnet18"  # a network of bibau_jax/models
-    config.model.width = 64  # channels of the first stage
-    config.model.stages = (2, 2, 2, 2)  # blocks per stage
+    config.model.file = placeholder(str)  # a Python file with a network of your own instead, as examples/small_vgg.py
+    config.model.width = placeholder(int)  # channels of the first stage; what is left open here and below is the network's own
+    config.model.stages = placeholder(tuple)  # blocks per stage
+    config.model.hidden = placeholder(int)  # VGG: width of the hidden linear layers; 0 for none
+    config.model.heads = placeholder(int)  # ViT: of attention; 0 takes one for every 64 of the width
+    config.model.patch = placeholder(int)  # ViT: pixels of a patch's side
+    config.model.size = placeholder(int)  # ViT: pixels of a side that images are scaled to
+    config.model.projection = placeholder(int)  # CLIP's ViT: length of the embedding
     config.model.mean = (0.4914, 0.4822, 0.4465)  # of the pixels, on the 0..1 scale
     config.model.std = (0.247, 0.243, 0.261)
 
