@@ -3,11 +3,11 @@
 import dataclasses
 import hashlib
 import http.client
-import sys
 import urllib.request
 import uuid
 from pathlib import Path
 
+from bibau_jax import progress
 from bibau_jax.errors import UserError
 
 TIMEOUT_SECONDS = 10
@@ -52,11 +52,6 @@ def find(title: str, archives: tuple[Archive, ...], root: Path, *, manual_dir, d
     return folder
 
 
-def say(line: str) -> None:
-    """A line for the user, beside the program's own output."""
-    print(line, file=sys.stderr, flush=True)
-
-
 def _download(title, archive, path, advice):
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     part.touch()  # a directory that cannot be written is another error than a failed download
@@ -89,7 +84,7 @@ def _transfer(archive, part) -> tuple[int, str]:
             received += len(block)
             if total and received * 10 // total > announced:
                 announced = received * 10 // total
-                say(f"downloading {archive.url}: {announced * 10} % of {total / 1e6:.0f} MB")
+                progress.say(f"downloading {archive.url}: {announced * 10} % of {total / 1e6:.0f} MB")
     if received < total:
         raise http.client.IncompleteRead(b"", total - received)
     return received, digest.hexdigest()

@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
+from bibau_jax import progress
 from bibau_jax.data import Dataset, ImageSet, archives
 from bibau_jax.errors import UserError
 
@@ -57,9 +58,15 @@ def load(published: Published, *, data_dir=None, manual_dir=None, download: bool
     dataset = _read_back(published, place)
     found = {"train": len(dataset.train), "test": len(dataset.test)}
     if found != published.counts:
-        held = " and ".join(f"{found[split]} of {published.counts[split]} {split}" for split in found)
-        archives.say(f"{published.title}: {held} images, as its archives had when it was prepared in {place}")
+        train, test = (f"{found[split]} of {published.counts[split]}" for split in ("train", "test"))
+        progress.say(f"{published.title}: {train} training and {test} test images, which is what {place} was prepared from")
     return dataset
+
+
+def check_size(name: str, image_size: int) -> None:
+    """Refuses a side that no picture can be shrunk to."""
+    if image_size < 1:
+        raise UserError(f"data.{name}.image_size must be at least 1: {image_size}")
 
 
 class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -102,7 +109,7 @@ def _arrays(images: ImageSet) -> dict[str, np.ndarray]:
 
 
 def _prepare(published, root, place, folder):
-    archives.say(f"preparing {published.title} from {_shown(published, folder)} in {place}")
+    progress.say(f"preparing {published.title} from {_shown(published, folder)} in {place}")
     (root / published.folder).mkdir(parents=True, exist_ok=True)  # what cannot be written is told before images are read
     dataset = published.read(folder)
     try:
