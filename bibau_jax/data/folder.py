@@ -17,12 +17,15 @@ DAMAGES = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error,
 def picture(file, height: int, width: int, channels: int, *, name=None, box=None) -> np.ndarray | None:
     """One file as uint8 [height, width, channels], squashed to that size; None if it is no picture, UserError if damaged.
 
-    file: a path, or an open binary file that errors call `name`. box: (left, top, right, bottom) of the part to show, in the
-    file's own pixels; None for the whole. Bilinear, antialiased where it shrinks.
+    file: a path, or an open binary file that errors call `name`. box: (left, top, right, bottom) of the part to cut out first,
+    in the file's own pixels; None for the whole. Bilinear, antialiased where it shrinks.
     """
     try:
         with Image.open(file) as opened:
-            return _squashed(_eight_bits(opened).convert("L" if channels == 1 else "RGB"), height, width, box)
+            if box and not (0 <= box[0] < box[2] <= opened.width and 0 <= box[1] < box[3] <= opened.height):
+                raise ValueError(f"the box {box} does not lie in its {opened.width}x{opened.height} pixels")
+            shown = _eight_bits(opened).convert("L" if channels == 1 else "RGB")
+            return _squashed(shown.crop(box) if box else shown, height, width)
     except UnidentifiedImageError:
         return None
     except DAMAGES as error:
@@ -34,8 +37,8 @@ def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return _squashed(Image.fromarray(image[..., 0] if image.shape[2] == 1 else image), height, width)
 
 
-def _squashed(shown: Image.Image, height: int, width: int, box=None) -> np.ndarray:
-    pixels = np.asarray(shown.resize((width, height), Image.Resampling.BILINEAR, box), np.uint8)
+def _squashed(shown: Image.Image, height: int, width: int) -> np.ndarray:
+    pixels = np.asarray(shown.resize((width, height), Image.Resampling.BILINEAR), np.uint8)
     return pixels.reshape(height, width, len(shown.getbands()))
 
 

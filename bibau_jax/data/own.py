@@ -26,11 +26,11 @@ class Own(NamedTuple):
 def read(path: str, *, image_size: int | None = None) -> Own:
     """The images in a folder or an .npz file, ids in the order in which they lie there.
 
-    Folder: one subfolder a class, with pictures at any depth. Where a file `classes.txt` lies in it, its lines are the names of
-    classes 0, 1, ..., and some may have no images. Otherwise subfolders named 0..K-1 are those classes, and other names count in
-    alphabetical order, which is PyTorch's. Pictures are RGB unless all are grey. .npz: `images` uint8 [N, H, W, C] with C 1 or 3,
-    `labels` whole numbers [N] from 0 on. image_size: side in pixels that all images are squashed to; None keeps a folder's
-    common size. UserError where anything is missing, damaged or ambiguous.
+    Folder: one subfolder a class, with pictures at any depth. Where a file `classes.txt` lies in it, its lines are the names
+    of classes 0, 1, ..., and some may have no images. Otherwise subfolders named 0..K-1 are those classes, and other names
+    count in alphabetical order, as in PyTorch. Pictures are RGB unless all are grey. .npz: `images` uint8 [N, H, W, C] with
+    C 1 or 3, `labels` whole numbers [N] from 0 on. image_size: side in pixels that all images are squashed to; None keeps
+    their common size. UserError where anything is missing, damaged or ambiguous.
     """
     place = Path(path).expanduser()
     if image_size is not None and image_size < 1:
@@ -127,9 +127,10 @@ def _from_file(path: Path, image_size: int | None) -> Own:
 
 def _arrays(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            if not isinstance(stored, np.lib.npyio.NpzFile):
-                raise ValueError("it is no .npz file")
+        stored = np.load(path, allow_pickle=False)
+        if not isinstance(stored, np.lib.npyio.NpzFile):
+            raise ValueError("it holds a single array")
+        with stored:
             if missing := [name for name in ("images", "labels") if name not in stored]:
                 raise UserError(f"{path} holds no array {missing[0]}, only {', '.join(stored.files) or 'nothing'}")
             return stored["images"], stored["labels"]
