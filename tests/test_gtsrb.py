@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bibau_jax import data, keys
+from bibau_jax import data, experiment, keys
 from bibau_jax.data import gtsrb, splits
 from bibau_jax.errors import UserError
 
@@ -170,6 +170,16 @@ def test_of_three_archives_the_one_that_is_missing_is_named(tmp_path):
         gtsrb.load(data_dir=tmp_path / "data", download=False)
     with pytest.raises(UserError, match="data.gtsrb.image_size must be at least 1: 0"):
         gtsrb.load(image_size=0)
+
+
+def test_a_whole_run_on_traffic_signs_and_its_model_on_those_signs_alone(manual, tmp_path, tiny_config):
+    changes = {"data.name": "gtsrb", "data.data_dir": str(tmp_path / "data"), "data.manual_dir": str(manual)}
+    changes |= {"data.train_size": 0, "data.clean_size": 45, "model.mean": (0.0,) * 3, "model.std": (1.0,) * 3}
+    record = experiment.run(tiny_config(changes, **{"defense.name": "ft"}), str(tmp_path / "run"))
+    assert record.metrics["purified"].ca.count == 43 and record.metrics["purified"].asr.count == 42
+    reuse = changes | {"implant.reuse": str(tmp_path / "run"), "data.gtsrb.roi": True}
+    with pytest.raises(UserError, match=r"trained with other settings \(data.gtsrb.roi: False -> True\)"):
+        experiment.run(tiny_config(reuse), str(tmp_path / "other"))
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ def load(*, data_dir=None, manual_dir=None, download: bool = True) -> Dataset:
         counts={split: IMAGES_PER_FILE * len(files) for split, files in SPLITS.items()},
         class_names=CLASS_NAMES,
     )
-    return prepared.load(published, data_dir=data_dir, manual_dir=manual_dir, download=download)
+    return prepared.get(published, data_dir=data_dir, manual_dir=manual_dir, download=download)
 
 
 def read_archive(path: pathlib.Path) -> dict[str, ImageSet]:

@@ -50,7 +50,7 @@ def load(*, image_size: int = 32, roi: bool = False, data_dir=None, manual_dir=N
         class_names=CLASS_NAMES,
         partial=True,
     )
-    return prepared.load(published, data_dir=data_dir, manual_dir=manual_dir, download=download)
+    return prepared.get(published, data_dir=data_dir, manual_dir=manual_dir, download=download)
 
 
 def read(folder: Path, image_size: int, roi: bool) -> Dataset:

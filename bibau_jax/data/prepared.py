@@ -39,7 +39,7 @@ class Published:
     partial: bool = False
 
 
-def load(published: Published, *, data_dir=None, manual_dir=None, download: bool = True) -> Dataset:
+def get(published: Published, *, data_dir=None, manual_dir=None, download: bool = True) -> Dataset:
     """The data set, whole and in memory; the first call prepares it in `data_dir` from its archives.
 
     The arguments are those of `bibau_jax.data.load`. UserError, in one line, where something is missing or damaged.

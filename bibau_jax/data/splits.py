@@ -35,9 +35,11 @@ def divide(key: jax.Array, train: ImageSet, *, train_size: int, clean_size: int,
     order = np.asarray(jax.random.permutation(keys.stream(key, "splits"), len(train)))
     held_out, others = _held_out(order, train.groups, validation_size)
     if validation_size > len(train) or train_size > len(others):
+        copies = len(train) - len(held_out) - len(others)
         raise UserError(
             f"training and validation set larger than the data: train_size {train_size}, "
             f"validation_size {validation_size}, images {len(train)}"
+            + (f", {copies} of them near-copies of validation images" if copies else "")
         )
     kept = train.take(others[: train_size or None])
     clean = kept.take(_class_balanced(kept.labels, clean_size))

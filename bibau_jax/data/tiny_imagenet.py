@@ -37,7 +37,7 @@ def load(*, image_size: int = 32, data_dir=None, manual_dir=None, download: bool
         counts={"train": 100_000, "test": 10_000},
         partial=True,
     )
-    return prepared.load(published, data_dir=data_dir, manual_dir=manual_dir, download=download)
+    return prepared.get(published, data_dir=data_dir, manual_dir=manual_dir, download=download)
 
 
 def read(path: Path, image_size: int) -> Dataset:
