@@ -134,6 +134,7 @@ def _same_model(run: Run, setting: str, stage: str, parts: tuple[str, ...]) -> N
     """Refuses a model of another run that was trained with other settings, or is not finished."""
     other = run.config["implant"][setting]
     theirs = workdir.read_config(Path(other).expanduser())
+    parts = (*parts, f"data.{run.config['data']['name']}")
     mine, theirs = map(workdir.told_apart_by, (run.config, theirs))
     chosen = [{name: value for name, value in workdir.flat(c).items() if _among(name, parts)} for c in (theirs, mine)]
     changed = workdir.differences(*chosen, ignore=("implant.reuse", "implant.clean_twin", "implant.innocent"))

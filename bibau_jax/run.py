@@ -36,6 +36,7 @@ class Run:
             data_dir=section["data_dir"] or None,
             manual_dir=section["manual_dir"] or None,
             download=section["download"],
+            **section.get(section["name"], {}),
         )
 
     @cached_property

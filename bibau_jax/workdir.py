@@ -15,10 +15,12 @@ LATER = {"defense": "purify", "reactivate": "reactivate"}  # sections of the con
 
 
 def told_apart_by(config: dict) -> dict:
-    """The config without the sections of attacks that it does not run: changing their settings changes nothing here."""
-    attack = config.get("attack", {})
-    others = [name for name, value in attack.items() if isinstance(value, dict) and name != attack.get("name")]
-    return config | {"attack": {name: value for name, value in attack.items() if name not in others}}
+    """The config without the sections of attacks and data sets that it does not use: their settings change nothing here."""
+    return config | {part: _without_others(config.get(part, {})) for part in ("attack", "data")}
+
+
+def _without_others(section: dict) -> dict:
+    return {name: value for name, value in section.items() if not isinstance(value, dict) or name == section.get("name")}
 
 
 def differences(old: dict, new: dict, ignore=(*FREE, *ADDABLE)) -> list[str]:

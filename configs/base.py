@@ -33,6 +33,8 @@ def get_config() -> ConfigDict:
     config.data.validation_size = 1000  # held-out clean images: never trained on, the only ones anything may be tuned on
     config.data.padding = 4  # random crop after this much zero padding
     config.data.flip = True  # random horizontal flip
+    config.data.gtsrb = ConfigDict({"image_size": 32, "roi": False})  # side in pixels; cut images to the sign's box
+    config.data.tiny_imagenet = ConfigDict({"image_size": 32})  # 64 is the published size
 
     config.model = ConfigDict()
     config.model.name = "resnet18"  # a network of bibau_jax/models

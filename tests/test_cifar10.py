@@ -1,5 +1,6 @@
 """The CIFAR-10 builder, on a tiny archive in the publisher's layout; the real images are in `test_data.py`."""
 
+import dataclasses
 import functools
 import gzip
 import hashlib
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 
 from bibau_jax import data
-from bibau_jax.data import cifar10
+from bibau_jax.data import archives, cifar10, prepared
 from bibau_jax.errors import UserError
 
 IMAGES, LABELS = (
@@ -36,20 +37,25 @@ def members(labels=LABELS):
 
 def write_archive(folder, files):
     folder.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(folder / cifar10.ARCHIVE, "w:gz", compresslevel=1) as archive:
+    with tarfile.open(folder / cifar10.ARCHIVE.name, "w:gz", compresslevel=1) as archive:
         for name, content in files.items():
             info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
-    return folder / cifar10.ARCHIVE
+    return folder / cifar10.ARCHIVE.name
 
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """An archive of 20 images a file, and a builder that expects as many."""
     monkeypatch.setattr(cifar10, "IMAGES_PER_FILE", 20)
-    monkeypatch.setattr(cifar10, "IMAGES_PER_RECORD", 8)
+    monkeypatch.setattr(prepared, "IMAGES_PER_RECORD", 8)
     return write_archive(tmp_path / "manual", members())
+
+
+def published(monkeypatch, **changes):
+    """Another archive is taken for the published one."""
+    monkeypatch.setattr(cifar10, "ARCHIVE", dataclasses.replace(cifar10.ARCHIVE, **changes))
 
 
 @pytest.fixture
@@ -72,8 +78,8 @@ def served(tiny, monkeypatch):
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(tiny.parent)))
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    monkeypatch.setattr(cifar10, "URL", f"http://127.0.0.1:{server.server_port}/{tiny.name}")
-    monkeypatch.setattr(cifar10, "SHA256", hashlib.sha256(tiny.read_bytes()).hexdigest())
+    url, digest = f"http://127.0.0.1:{server.server_port}/{tiny.name}", hashlib.sha256(tiny.read_bytes()).hexdigest()
+    published(monkeypatch, url=url, digest=digest)
     yield requests
     server.shutdown()
     server.server_close()
@@ -120,41 +126,41 @@ def test_the_published_archive_is_downloaded_once_checked_and_kept(served, tmp_p
 
 
 def test_a_download_with_another_hash_is_refused_and_not_kept(served, tmp_path, monkeypatch):
-    monkeypatch.setattr(cifar10, "SHA256", "0" * 64)
+    published(monkeypatch, digest="0" * 64)
     fails(tmp_path / "data", "is not the published archive", "try again", "--config.data.manual_dir")
     assert not list((tmp_path / "data" / "downloads").iterdir())
 
 
 def test_a_server_without_the_archive_is_an_error(served, tmp_path, monkeypatch):
-    monkeypatch.setattr(cifar10, "URL", cifar10.URL + ".gone")
+    published(monkeypatch, url=cifar10.ARCHIVE.url + ".gone")
     fails(tmp_path / "data", "cannot download", "404", "--config.data.manual_dir")
     assert len(served) == 1
 
 
 def test_without_network_the_error_comes_at_once_and_says_what_to_do(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(cifar10, "URL", "http://127.0.0.1:1/")
-    fails(tmp_path / "data", "cannot download", cifar10.SETTINGS)
+    published(monkeypatch, url="http://127.0.0.1:1/")
+    fails(tmp_path / "data", "cannot download", "--config.data.manual_dir", "--config.data.data_dir")
 
 
 def test_a_server_that_never_answers_is_given_up(tiny, tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setattr(cifar10, "URL", f"http://127.0.0.1:{silent.getsockname()[1]}/")
-        monkeypatch.setattr(cifar10, "TIMEOUT_SECONDS", 0.3)
+        published(monkeypatch, url=f"http://127.0.0.1:{silent.getsockname()[1]}/")
+        monkeypatch.setattr(archives, "TIMEOUT_SECONDS", 0.3)
         fails(tmp_path / "data", "cannot download", "timed out")
 
 
 def test_a_download_that_breaks_off_is_tried_again_and_then_given_up(served, tmp_path, monkeypatch):
-    monkeypatch.setattr(cifar10, "URL", cifar10.URL + ".broken")
+    published(monkeypatch, url=cifar10.ARCHIVE.url + ".broken")
     fails(tmp_path / "data", "cannot download", "900 more expected")
-    assert len(served) == cifar10.ATTEMPTS
+    assert len(served) == archives.ATTEMPTS
 
 
 def test_downloading_switched_off_is_an_error_that_names_the_settings(tmp_path):
-    fails(tmp_path, "switched off", cifar10.URL, "--config.data.manual_dir", "--config.data.data_dir", download=False)
+    fails(tmp_path, "switched off", cifar10.ARCHIVE.url, "--config.data.manual_dir", "--config.data.data_dir", download=False)
 
 
 def test_a_manual_directory_without_the_archive_is_an_error_even_with_network(served, tmp_path):
-    fails(tmp_path / "data", f"no {cifar10.ARCHIVE} in", "--config.data.manual_dir", manual_dir=tmp_path / "empty")
+    fails(tmp_path / "data", f"no {cifar10.ARCHIVE.name} in", "--config.data.manual_dir", manual_dir=tmp_path / "empty")
     assert not served
 
 
@@ -203,9 +209,9 @@ def test_a_preparation_cut_off_is_not_taken_for_a_whole_one(tiny, tmp_path, monk
         yield from list(generate(self, images))[:2]
         raise KeyboardInterrupt
 
-    generate = cifar10.Cifar10Binary._generate_examples
+    generate = prepared.Records._generate_examples
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(cifar10.Cifar10Binary, "_generate_examples", cut_off)
+        patch.setattr(prepared.Records, "_generate_examples", cut_off)
         cifar10.load(data_dir=folder, manual_dir=tiny.parent)
     # What a killed process leaves.
     (folder / "cifar10_binary" / "incomplete.ABCDEF_1.0.0").mkdir(parents=True)

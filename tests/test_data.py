@@ -1,5 +1,6 @@
 """Data sets by name, the digits, splits, and the real CIFAR-10 where it is at hand."""
 
+import dataclasses
 import importlib.util
 import pathlib
 import subprocess
@@ -32,8 +33,7 @@ def divide(train, seed=0, **sizes):
 
 
 def test_data_sets_are_found_by_file_name_and_other_modules_are_not_listed():
-    assert {"cifar10", "digits"} <= set(data.names())
-    assert not {"splits", "augment", "__init__"} & set(data.names())
+    assert data.names() == ("cifar10", "digits", "gtsrb", "tiny_imagenet")
 
 
 def test_listing_the_data_sets_imports_none_of_them():
@@ -65,6 +65,8 @@ def test_an_image_set_of_floats_or_of_unequal_lengths_is_refused():
         ImageSet(good.images.astype(np.float32), good.labels, good.ids)
     with pytest.raises(ValueError, match="ids must be int32"):
         ImageSet(good.images, good.labels, good.ids[:1])
+    with pytest.raises(ValueError, match="groups must be int32"):
+        dataclasses.replace(good, groups=good.labels[:1])
 
 
 def test_digits_are_1297_and_500_images_of_ten_classes_that_share_none(handwritten):
@@ -135,6 +137,63 @@ def test_the_size_of_the_clean_set_does_not_change_the_other_parts(handwritten):
     small, large = (divide(handwritten.train, clean_size=n, validation_size=50) for n in (10, 400))
     np.testing.assert_array_equal(small.train.ids, large.train.ids)
     assert set(small.clean.ids.tolist()) <= set(large.clean.ids.tolist())
+
+
+def test_sets_without_groups_are_divided_as_they_were_when_their_results_were_recorded(handwritten):
+    parts = divide(handwritten.train, train_size=800, clean_size=100, validation_size=200)
+    found = [part.ids.astype(int) for part in (parts.train, parts.clean, parts.validation)]
+    assert found[0][:5].tolist() == [1702, 187, 909, 1261, 37] and found[2][:5].tolist() == [1793, 1653, 1569, 64, 833]
+    assert [int(ids @ np.arange(len(ids))) for ids in found] == [293283409, 4490971, 17284454]
+
+
+def grouped(count=300, size=7):
+    """Images of three classes, `size` near-copies of each, in the order of a publisher; the last group is a single image."""
+    train = image_set(np.arange(count) // size % 3)
+    groups = (np.arange(count) // size).astype(np.int32) * 10
+    groups[-1] = 5
+    return dataclasses.replace(train, groups=groups)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("validation_size", [1, 7, 50, 52])
+def test_a_group_is_never_on_both_sides_of_a_split(seed, validation_size):
+    parts = divide(train := grouped(), seed, validation_size=validation_size)
+    assert len(parts.validation) == validation_size
+    assert not set(parts.validation.groups) & set(parts.train.groups)
+    # Whole groups but for the last one, whose other images are in no part.
+    assert 0 <= len(train) - len(parts.train) - validation_size < 7
+    assert len(set(parts.validation.groups)) <= validation_size // 7 + 2
+    assert set(parts.clean.ids) <= set(parts.train.ids)
+    for part in (parts.train, parts.clean, parts.validation):
+        np.testing.assert_array_equal(part.groups, train.groups[part.ids - 100])
+
+
+def test_groups_change_nothing_where_nothing_is_held_out_and_training_images_stay_mixed():
+    train = grouped()
+    with_groups, without = (divide(one, train_size=60) for one in (train, dataclasses.replace(train, groups=None)))
+    np.testing.assert_array_equal(with_groups.train.ids, without.train.ids)
+    assert len(set(divide(train, train_size=60, validation_size=50).train.groups)) > 20
+
+
+def test_training_images_that_groups_take_away_are_missed():
+    with pytest.raises(UserError, match="train_size 299, validation_size 1, images 300, [1-6] of them near-copies"):
+        divide(grouped(), train_size=299, validation_size=1)
+
+
+def test_images_of_ones_own_are_divided_with_the_classes_in_their_shares():
+    own = image_set(np.repeat([0, 1, 2, 7], [50, 25, 10, 4]))
+    clean, held_out = splits.divide_own(keys.root(0), own, held_out_share=0.2)
+    assert sorted([*clean.ids, *held_out.ids]) == own.ids.tolist() and len(held_out) == 18
+    np.testing.assert_allclose(np.bincount(held_out.labels), [10, 5, 2, 0, 0, 0, 0, 1], atol=1)
+    same, other = (splits.divide_own(keys.root(seed), own, held_out_share=0.2)[1] for seed in (0, 1))
+    np.testing.assert_array_equal(same.ids, held_out.ids)
+    assert set(other.ids) != set(held_out.ids)
+
+
+@pytest.mark.parametrize("share", [-0.1, 0.0, 0.01, 0.99, 1.0])
+def test_neither_part_of_ones_own_images_may_be_empty(share):
+    with pytest.raises(UserError, match=f"held_out_share {share} of 20 images leaves one part empty"):
+        splits.divide_own(keys.root(0), image_set([0, 1] * 10), held_out_share=share)
 
 
 @pytest.mark.parametrize(

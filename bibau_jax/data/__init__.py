@@ -15,17 +15,19 @@ class ImageSet:
     """Labelled images in a fixed order.
 
     images: uint8 [N, H, W, C], 0..255. labels: int32 [N]. ids: int32 [N], the image's place in its publisher's order,
-    which stays with it through every split and shuffle. ValueError where shapes or types differ from this.
+    which stays with it through every split and shuffle. groups: int32 [N] or None; images with one number are near-copies of
+    each other, which must not lie on both sides of a split. ValueError where shapes or types differ from this.
     """
 
     images: np.ndarray
     labels: np.ndarray
     ids: np.ndarray
+    groups: np.ndarray | None = None
 
     def __post_init__(self):
         if self.images.ndim != 4 or self.images.dtype != np.uint8:
             raise ValueError(f"images must be uint8 [N, H, W, C], not {self.images.dtype} {self.images.shape}")
-        for name in ("labels", "ids"):
+        for name in ("labels", "ids") if self.groups is None else ("labels", "ids", "groups"):
             array = getattr(self, name)
             if array.shape != self.images.shape[:1] or array.dtype != np.int32:
                 raise ValueError(f"{name} must be int32 [{len(self.images)}], not {array.dtype} {array.shape}")
@@ -35,7 +37,8 @@ class ImageSet:
 
     def take(self, indices) -> "ImageSet":
         """The images at these positions (not ids), in this order: integers [M] or booleans [N]."""
-        return ImageSet(self.images[indices], self.labels[indices], self.ids[indices])
+        groups = None if self.groups is None else self.groups[indices]
+        return ImageSet(self.images[indices], self.labels[indices], self.ids[indices], groups)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,18 +73,19 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in pathlib.Path(__file__).parent.glob("[!_]*.py") if _defines_load(path)))
 
 
-def load(name: str, *, data_dir=None, manual_dir=None, download: bool = True) -> Dataset:
+def load(name: str, *, data_dir=None, manual_dir=None, download: bool = True, **options) -> Dataset:
     """The data set called `name`, whole and in memory.
 
     data_dir: where prepared sets are kept (default: `~/tensorflow_datasets`, or TFDS_DATA_DIR). manual_dir: where
-    archives lie that were fetched by hand. download: whether a missing archive may be fetched from its publisher.
+    archives lie that were fetched by hand. download: whether a missing archive may be fetched from its publisher. options: what
+    the set's own `load` takes beside these, e.g. `image_size`.
     UserError for an unknown name, and where the set is missing, damaged or cannot be written; the message says what to
     put where.
     """
     if name not in names():
         raise errors.unknown("data set", name, names())
     module = importlib.import_module(f"{__name__}.{name}")
-    return module.load(data_dir=data_dir, manual_dir=manual_dir, download=download)
+    return module.load(data_dir=data_dir, manual_dir=manual_dir, download=download, **options)
 
 
 def _defines_load(path: pathlib.Path) -> bool:

@@ -4,6 +4,7 @@ import numpy as np
 from sklearn import datasets
 
 from bibau_jax.data import Dataset, ImageSet
+from bibau_jax.data.splits import evenly_chosen
 
 TEST_SIZE = 500
 
@@ -18,7 +19,7 @@ def load(*, data_dir=None, manual_dir=None, download: bool = True) -> Dataset:
     digits = datasets.load_digits()
     images = np.rint(double_size(digits.images) * (255 / 16)).astype(np.uint8)[..., None]
     everything = ImageSet(images, digits.target.astype(np.int32), np.arange(len(images), dtype=np.int32))
-    is_test = _evenly_chosen(everything.labels, TEST_SIZE)
+    is_test = evenly_chosen(everything.labels, TEST_SIZE)
     names = tuple(str(digit) for digit in range(10))
     return Dataset("digits", everything.take(~is_test), everything.take(is_test), names)
 
@@ -32,12 +33,3 @@ def double_size(images: np.ndarray) -> np.ndarray:
         pairs = np.stack([0.75 * images + 0.25 * before, 0.75 * images + 0.25 * after], axis + 1)
         images = pairs.reshape(*images.shape[:axis], -1, *images.shape[axis + 1 :])
     return images
-
-
-def _evenly_chosen(labels: np.ndarray, count: int) -> np.ndarray:
-    # Evenly spaced in an order sorted by class: every class gives its share, and no random generator is needed that
-    # could change between versions.
-    steps = np.arange(len(labels) + 1) * count // len(labels)
-    chosen = np.zeros(len(labels), bool)
-    chosen[np.argsort(labels, kind="stable")] = np.diff(steps) > 0
-    return chosen

@@ -10,20 +10,36 @@ from bibau_jax.data import ImageSet
 from bibau_jax.errors import UserError
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+# Pillow tells of damage in several ways, by file format.
+DAMAGES = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
 
 
-def picture(path: Path, height: int, width: int, channels: int) -> np.ndarray | None:
-    """One file as uint8 [height, width, channels], squashed to that size; None if it is no picture, UserError if damaged."""
+def picture(file, height: int, width: int, channels: int, *, name=None, box=None) -> np.ndarray | None:
+    """One file as uint8 [height, width, channels], squashed to that size; None if it is no picture, UserError if damaged.
+
+    file: a path, or an open binary file that errors call `name`. box: (left, top, right, bottom) of the part to cut out first,
+    in the file's own pixels; None for the whole. Bilinear, antialiased where it shrinks.
+    """
     try:
-        with Image.open(path) as opened:
+        with Image.open(file) as opened:
+            if box and not (0 <= box[0] < box[2] <= opened.width and 0 <= box[1] < box[3] <= opened.height):
+                raise ValueError(f"the box {box} does not lie in its {opened.width}x{opened.height} pixels")
             shown = _eight_bits(opened).convert("L" if channels == 1 else "RGB")
-            shown = shown.resize((width, height), Image.Resampling.BILINEAR)
+            return _squashed(shown.crop(box) if box else shown, height, width)
     except UnidentifiedImageError:
         return None
-    # Pillow tells of damage in several ways, by file format.
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    return np.asarray(shown, np.uint8).reshape(height, width, channels)
+    except DAMAGES as error:
+        raise UserError(f"{name or file} cannot be read: {error}") from error
+
+
+def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """One uint8 image [H, W, C], C 1 or 3, squashed as pictures from files are."""
+    return _squashed(Image.fromarray(image[..., 0] if image.shape[2] == 1 else image), height, width)
+
+
+def _squashed(shown: Image.Image, height: int, width: int) -> np.ndarray:
+    pixels = np.asarray(shown.resize((width, height), Image.Resampling.BILINEAR), np.uint8)
+    return pixels.reshape(height, width, len(shown.getbands()))
 
 
 def _eight_bits(opened: Image.Image) -> Image.Image:

@@ -24,21 +24,57 @@ def divide(key: jax.Array, train: ImageSet, *, train_size: int, clean_size: int,
 
     validation: held-out clean images, never trained on. train: `train_size` of the others, or all of them for 0. clean:
     the defender's images, originals of training images, classes balanced as far as they reach. Every image keeps its
-    id, so what is poisoned in training stays recognisable. UserError where the sizes cannot be had.
+    id, so what is poisoned in training stays recognisable. Near-copies (`groups`) of validation images are not trained on:
+    validation takes one group after the other, and what it leaves of the last one is in no part. UserError where the sizes
+    cannot be had.
     """
     sizes = {"train_size": train_size, "clean_size": clean_size, "validation_size": validation_size}
     for name, size in sizes.items():
         if size < 0:
             raise UserError(f"{name} must not be negative: {size}")
-    if train_size + validation_size > len(train):
+    order = np.asarray(jax.random.permutation(keys.stream(key, "splits"), len(train)))
+    held_out, others = _held_out(order, train.groups, validation_size)
+    if validation_size > len(train) or train_size > len(others):
+        copies = len(train) - len(held_out) - len(others)
         raise UserError(
             f"training and validation set larger than the data: train_size {train_size}, "
             f"validation_size {validation_size}, images {len(train)}"
+            + (f", {copies} of them near-copies of validation images" if copies else "")
         )
-    order = np.asarray(jax.random.permutation(keys.stream(key, "splits"), len(train)))
-    kept = train.take(order[validation_size:][: train_size or None])
+    kept = train.take(others[: train_size or None])
     clean = kept.take(_class_balanced(kept.labels, clean_size))
-    return Splits(kept, clean, train.take(order[:validation_size]))
+    return Splits(kept, clean, train.take(held_out))
+
+
+def _held_out(order, groups, count) -> tuple[np.ndarray, np.ndarray]:
+    """The first `count` of these positions, group by group, and those that are in no group of theirs, each in their order."""
+    if groups is None:
+        return order[:count], order[count:]
+    _, first, member = np.unique(groups[order], return_index=True, return_inverse=True)
+    held_out = order[np.argsort(first[member], kind="stable")][:count]
+    return held_out, order[~np.isin(groups[order], groups[held_out])]
+
+
+def divide_own(key: jax.Array, images: ImageSet, *, held_out_share: float) -> tuple[ImageSet, ImageSet]:
+    """(the defender's images, held-out ones that nothing trains on) of a user's own, drawn from the stream "own" of `key`.
+
+    held_out_share: of all images, and of each class within one image, 0..1. UserError where one part would be empty.
+    """
+    count = round(held_out_share * len(images))
+    if not 0 < count < len(images):
+        raise UserError(f"held_out_share {held_out_share} of {len(images)} images leaves one part empty")
+    order = np.asarray(jax.random.permutation(keys.stream(key, "own"), len(images)))
+    held_out = evenly_chosen(images.labels[order], count)
+    return images.take(order[~held_out]), images.take(order[held_out])
+
+
+def evenly_chosen(labels: np.ndarray, count: int) -> np.ndarray:
+    """Which of the images to take so that every class gives its share of `count` in all: booleans [N], the same every time."""
+    # Evenly spaced in an order sorted by class: no random generator is needed that could change between versions.
+    steps = np.arange(len(labels) + 1) * count // len(labels)
+    chosen = np.zeros(len(labels), bool)
+    chosen[np.argsort(labels, kind="stable")] = np.diff(steps) > 0
+    return chosen
 
 
 def _class_balanced(labels: np.ndarray, count: int) -> np.ndarray:

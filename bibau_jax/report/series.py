@@ -93,7 +93,7 @@ def _sorting_key(row: dict) -> tuple:
 
 def relevant(config: dict, defense: str, reactivated: bool = True) -> dict:
     """The settings that a row's numbers depend on, flat: {"implant.epochs": 15, ...}; `reactivated`: of checks too."""
-    base, attack = defense.partition(":")[0], config["attack"]["name"]
+    base = defense.partition(":")[0]
     kept = {}
     for name, value in records.flat(config).items():
         section, _, rest = name.partition(".")
@@ -102,8 +102,8 @@ def relevant(config: dict, defense: str, reactivated: bool = True) -> dict:
             continue
         if section == "reactivate" and not reactivated:
             continue
-        if section == "attack" and isinstance(config["attack"].get(own), dict) and own != attack:
-            continue  # settings of other attacks, and below of other defences
+        if section in ("attack", "data") and isinstance(config[section].get(own), dict) and own != config[section]["name"]:
+            continue  # settings of other attacks and data sets, and below of other defences
         if section == "defense" and isinstance(config["defense"].get(own), dict) and own not in ("pgd", base):
             continue
         if section == "defense" and own not in (*USES.get(base, (own,)), "max_seconds"):

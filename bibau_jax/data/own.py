@@ -1,0 +1,140 @@
+"""Clean labelled images of the user's own: a folder with one subfolder a class, or an .npz file."""
+
+import zipfile
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from bibau_jax.data import ImageSet, folder
+from bibau_jax.errors import UserError
+
+CLASSES = "classes.txt"
+MOST_CLASSES = 100_000  # above, numbers are no classes
+GREY = {"1", "L", "LA", "La", "F"}  # Pillow's modes without colour, beside those of 16 and 32 bits ("I...")
+
+
+class Own(NamedTuple):
+    """The images, and the names of classes 0..K-1."""
+
+    images: ImageSet
+    class_names: tuple[str, ...]
+
+
+def read(path: str, *, image_size: int | None = None) -> Own:
+    """The images in a folder or an .npz file, ids in the order in which they lie there.
+
+    Folder: one subfolder a class, with pictures at any depth. Where a file `classes.txt` lies in it, its lines are the names
+    of classes 0, 1, ..., and some may have no images. Otherwise subfolders named 0..K-1 are those classes, and other names
+    count in alphabetical order, as in PyTorch. Pictures are RGB unless all are grey. .npz: `images` uint8 [N, H, W, C] with
+    C 1 or 3, `labels` whole numbers [N] from 0 on. image_size: side in pixels that all images are squashed to; None keeps
+    their common size. UserError where anything is missing, damaged or ambiguous.
+    """
+    place = Path(path).expanduser()
+    if image_size is not None and image_size < 1:
+        raise UserError(f"image_size must be at least 1: {image_size}")
+    if not place.exists():
+        raise UserError(f"{path} does not exist")
+    return _from_folder(place, image_size) if place.is_dir() else _from_file(place, image_size)
+
+
+# --- a folder
+
+
+def _from_folder(place: Path, image_size: int | None) -> Own:
+    found = folder.classes(str(place))
+    if stray := sorted(path.name for path in place.iterdir() if path.is_file() and path.suffix.lower() in folder.ENDINGS):
+        raise UserError(f"{place / stray[0]} lies beside the subfolders of the classes, so its class is unknown")
+    numbers, names = _numbered(place, tuple(found))
+    height, width, channels = _common_shape([path for files in found.values() for path in files], image_size)
+    images, _ = folder.labelled(str(place), height, width, channels)
+    return Own(ImageSet(images.images, np.array(numbers, np.int32)[images.labels], images.ids), names)
+
+
+def _numbered(place: Path, found: tuple[str, ...]) -> tuple[list[int], tuple[str, ...]]:
+    """(the class of each subfolder, the classes' names)."""
+    if (place / CLASSES).exists():
+        names = _listed(place / CLASSES)
+        if unknown := [name for name in found if name not in names]:
+            raise UserError(f"{place / CLASSES} does not name the subfolder {unknown[0]}")
+        return [names.index(name) for name in found], names
+    if not all(name.isdecimal() for name in found):
+        return list(range(len(found))), found
+    numbers = [int(name) for name in found]
+    if sorted(numbers) != list(range(len(found))):
+        raise UserError(
+            f"the subfolders of {place} are numbered, but not 0..{len(found) - 1}; "
+            f"say which class each is by {place / CLASSES}, one name a line in the order of the classes"
+        )
+    return numbers, tuple(str(number) for number in range(len(found)))
+
+
+def _listed(path: Path) -> tuple[str, ...]:
+    try:
+        names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{path} names {twice[0]} twice")
+    return names
+
+
+def _common_shape(files: list[Path], image_size: int | None) -> tuple[int, int, int]:
+    """(height, width, channels) for all pictures, from their headers alone."""
+    sizes, grey = {}, True
+    for path in files:
+        try:
+            with Image.open(path) as opened:
+                sizes.setdefault(opened.size, path)
+                grey = grey and (opened.mode in GREY or opened.mode.startswith("I"))
+        except UnidentifiedImageError:
+            raise UserError(f"{path} is no picture") from None
+        except folder.DAMAGES as error:
+            raise UserError(f"{path} cannot be read: {error}") from error
+    channels = 1 if grey else 3
+    if image_size is not None:
+        return image_size, image_size, channels
+    if len(sizes) > 1:
+        (one, first), (other, second) = list(sizes.items())[:2]
+        shown = f"{first} is {one[0]}x{one[1]}, {second} is {other[0]}x{other[1]}"
+        raise UserError(f"images must have one size, but {shown}; give image_size to resize them")
+    ((width, height),) = sizes
+    return height, width, channels
+
+
+# --- an .npz file
+
+
+def _from_file(path: Path, image_size: int | None) -> Own:
+    images, labels = _arrays(path)
+    if images.dtype != np.uint8:
+        raise UserError(f"{path}: images must be uint8, 0..255, not {images.dtype}")
+    if images.ndim != 4 or images.shape[3] not in (1, 3) or not images.size:
+        raise UserError(f"{path}: images must be [N, H, W, C] with one or three channels C, not {list(images.shape)}")
+    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(f"{path}: labels must be whole numbers [{len(images)}], not {labels.dtype} {list(labels.shape)}")
+    if labels.min() < 0 or labels.max() >= MOST_CLASSES:
+        raise UserError(f"{path}: labels must count classes from 0 on, found {labels.min()}..{labels.max()}")
+    if len(np.unique(labels)) < 2:
+        raise UserError(f"{path} must hold images of at least two classes")
+    if image_size is not None:
+        images = np.stack([folder.resized(image, image_size, image_size) for image in images])
+    names = tuple(str(number) for number in range(int(labels.max()) + 1))
+    return Own(ImageSet(images, labels.astype(np.int32), np.arange(len(labels), dtype=np.int32)), names)
+
+
+def _arrays(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        stored = np.load(path, allow_pickle=False)
+        if not isinstance(stored, np.lib.npyio.NpzFile):
+            raise ValueError("it holds a single array")
+        with stored:
+            if missing := [name for name in ("images", "labels") if name not in stored]:
+                raise UserError(f"{path} holds no array {missing[0]}, only {', '.join(stored.files) or 'nothing'}")
+            return stored["images"], stored["labels"]
+    except UserError:
+        raise
+    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path} is no folder and cannot be read as .npz: {' '.join(str(error).split())}") from error

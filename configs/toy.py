@@ -1,0 +1,30 @@
+"""Any data set at the size of a minute on two cores: to see that it loads and that everything runs, not what it is worth.
+
+python -m bibau_jax.main --config=configs/toy.py:gtsrb --workdir=runs/toy_gtsrb --config.attack.name=blended
+"""
+
+import importlib
+
+
+def get_config(name: str = "cifar10"):
+    """The settings of `configs/<name>.py`, a few images and a network that two cores can carry; `configs/toy.py:gtsrb`."""
+    config = importlib.import_module(f"configs.{name}").get_config()
+    config.data.train_size = 1000
+    config.data.clean_size = 240
+    config.data.validation_size = 200
+    config.model.name = "resnet18"
+    config.model.width = 8
+    config.model.stages = (1, 1)
+    config.implant.epochs = 4
+    config.implant.batch_size = 64
+    config.implant.schedule = "one_cycle"
+    config.defense.beside = "ft"
+    config.defense.epochs = 2
+    config.defense.batch_size = 48
+    config.defense.pgd.steps = 3
+    config.reactivate.checks = "retuning,bec"
+    config.reactivate.test_size = 500
+    config.reactivate.retuning.images = 256
+    config.reactivate.retuning.repeats = 1
+    config.reactivate.retuning.epochs = 1
+    return config
