@@ -1,4 +1,4 @@
-"""The stages in order: implant, purify, evaluate, reactivate, report.
+"""The stages in order: implant, purify, evaluate, reactivate, report; of a stranger's model import, scan, ..., verify, export.
 
 A stage takes what the one before it left in the run's folder and leaves its own work there. It is skipped when that is done,
 and goes on from its last checkpoint when it was cut off.
@@ -13,7 +13,7 @@ from bibau_jax import models, parallel, preflight, progress, records, workdir
 from bibau_jax.errors import UserError
 from bibau_jax.report import html, tables
 from bibau_jax.run import Run, attack_as_trained, load_model
-from bibau_jax.stages import evaluate, implant, purify, reactivate
+from bibau_jax.stages import bring, evaluate, export, implant, purify, reactivate, scan, verify
 from bibau_jax.stages.implant import poisoned_split
 
 __all__ = ["Run", "attack_as_trained", "command_line", "load_model", "poisoned_split", "run", "settled"]
@@ -25,6 +25,8 @@ def run(config: dict, folder: str, command: str = "") -> records.Record | None:
     `config` is a plain nested dict with every field of configs/base.py. What a user can put right raises `UserError`.
     """
     wanted = preflight.stages(config["stages"], tuple(STAGES))
+    if config["model"]["weights"] and set(wanted) - {"report"}:
+        wanted = ["import", *(stage for stage in wanted if stage not in ("import", "implant"))]
     distributed = config["distributed"]
     parallel.connect(distributed["coordinator"], distributed["processes"], distributed["process"])
     config = settled(config)
@@ -60,6 +62,12 @@ def _with_ratio(config: dict) -> dict:
     return config | {"attack": section | {"poison_ratio": own.get("poison_ratio", 0.0)}}
 
 
+def is_suspicious(config: dict, record: records.Record | None) -> bool:
+    """Whether a run of the scan alone has found something, which its exit status tells."""
+    alone = preflight.stages(config["stages"], tuple(STAGES)) == ["scan"]
+    return alone and bool(record.metrics["backdoored"].extra["scan"]["flagged"])
+
+
 def batch_sizes(config: dict) -> list[int]:
     """The batch sizes of the trainings that the config asks for, for the devices to share out."""
     named = [config["defense"]["name"], *map(str.strip, config["defense"]["beside"].split(","))]
@@ -87,9 +95,13 @@ def command_line() -> str:
 
 
 STAGES = {
+    "import": bring.run,
     "implant": implant.run,
+    "scan": scan.run,
     "purify": purify.run,
     "evaluate": evaluate.run,
     "reactivate": reactivate.run,
+    "verify": verify.run,
+    "export": export.run,
     "report": write_report,
 }

@@ -83,7 +83,9 @@ def main(argv: list[str]) -> None:
     parallel.keep_compiled()
     parallel.use_cores(*experiment.batch_sizes(config))
     try:
-        experiment.run(config, WORKDIR.value, experiment.command_line())
+        record = experiment.run(config, WORKDIR.value, experiment.command_line())
+        if experiment.is_suspicious(config, record):
+            sys.exit(1)
     except UserError as error:
         fail(error)
     except KeyboardInterrupt:

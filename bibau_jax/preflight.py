@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from bibau_jax import attacks, defenses, models, parallel, records, train, workdir
+from bibau_jax.defenses import inversion
 from bibau_jax.errors import UserError
 from bibau_jax.models import own_file
 from bibau_jax.run import Run
-from bibau_jax.stages import reactivate
+from bibau_jax.stages import export, reactivate, verify
 
 # The parts of the config that decide the backdoored model and its clean twin: what a model may be shared between runs by.
 IMPLANT_PARTS = (
@@ -41,10 +42,12 @@ def check(run: Run, wanted: list[str]) -> None:
         records.read(run.folder / "record.json")  # a damaged one would lose what is measured from here on
     if not set(wanted) - {"report"}:
         return
-    _network(config["model"])
+    if not run.is_own:
+        _network(config["model"])
     attacks.get(config["attack"]["name"])
     for row in run.rows:
         defenses.get(row)
+    _own(run, wanted)
     if defenses.is_ideal(config["defense"]["name"]):
         name = config["defense"]["name"]
         raise UserError(f"defense.name={name} sees the trigger and is no defence; it goes to defense.beside")
@@ -67,12 +70,20 @@ def check(run: Run, wanted: list[str]) -> None:
         if "batch_size" in config["defense"].get(row, {}):
             taken = min(options["batch_size"], len(run.splits.clean))
             parallel.check_batch(taken, f"defense.{row}.batch_size (of {len(run.splits.clean)} images)")
-    _attack(run)
+    if {"implant", "evaluate", "reactivate"} & set(wanted):
+        _attack(run)
     for section, images in (("implant", run.splits.train), ("defense", run.splits.clean)):
         taken = min(config[section]["batch_size"], len(images))  # a batch is at most the whole set
         parallel.check_batch(taken, f"{section}.batch_size (of {len(images)} images)")
-    if "reactivate" in wanted:
+    if "reactivate" in wanted or "verify" in wanted:
         reactivate.check(run)
+    if "scan" in wanted or "verify" in wanted:
+        search = {name: config["scan"][name] for name in ("epochs", "enough", "patience", "stop_after")}
+        inversion.check_search(**search)
+    if "verify" in wanted:
+        verify.check(run)
+    if "export" in wanted:
+        export.check(run)
     if config["implant"]["innocent"] and not config["implant"]["reuse"]:
         raise UserError("implant.innocent takes the clean twin of another run; name it by implant.reuse")
     if config["implant"]["reuse"]:
@@ -91,6 +102,24 @@ def _network(section: dict) -> None:
         listed = section[name]
         if listed is not None and (not listed or not all(isinstance(value, kind) for value in listed)):
             raise UserError(f"model.{name} takes {'whole ' * (kind is int)}numbers, not {listed}")
+
+
+def _own(run: Run, wanted: list[str]) -> None:
+    """What goes together with a stranger's model, and what does not."""
+    if not run.is_own:
+        if lost := [stage for stage in wanted if stage in ("import", "verify", "export")]:
+            raise UserError(f'the stage "{lost[0]}" is about a model from a file: name it by --config.model.weights')
+        if run.config["data"]["folder"]:
+            raise UserError("data.folder holds a defender's few images, and needs a model to purify (--config.model.weights)")
+        return
+    if run.config["data"]["name"] == "own" and not run.config["data"]["folder"]:
+        raise UserError("which images? set --config.data.folder to labelled clean ones, a folder a class, or an .npz file")
+    if informed := [row for row in run.rows if defenses.is_ideal(row) or defenses.is_informed(row)]:
+        raise UserError(f"{informed[0]} sees the trigger or poisoned images, which nobody has of a stranger's model")
+    if run.config["implant"]["reuse"] or run.config["implant"]["clean_twin"] != "none":
+        raise UserError("a stranger's model has no run to reuse and no clean twin: set implant.reuse='' and clean_twin=none")
+    if run.config["defense"]["max_loss"] < 0 or not 0 < run.config["data"]["held_out"] < 1:
+        raise UserError("defense.max_loss must not be negative, data.held_out must lie between 0 and 1")
 
 
 def _numbers(config: dict) -> None:

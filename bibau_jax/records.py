@@ -39,19 +39,28 @@ class Rate:
         """0..100."""
         return 100 * self.hits / self.count
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % confidence interval, 0..100."""
+        z, n, share = 1.96, self.count, self.hits / self.count
+        middle = share + z**2 / (2 * n)
+        reach = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+        return 100 * (middle - reach) / (1 + z**2 / n), 100 * (middle + reach) / (1 + z**2 / n)
+
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
     """A row of a results table: clean accuracy, attack success rate and robust accuracy after `defense`.
 
+    The latter two are None where nobody knows the trigger, of a stranger's model.
     `defense` is the row's name ("bibau_u", "ft", "none", "clean"); `seconds` what the defence took; `extra` holds further
     JSON-able values whose names are not those of the fields.
     """
 
     defense: str
     ca: Rate
-    asr: Rate
-    robust_accuracy: Rate
+    asr: Rate | None
+    robust_accuracy: Rate | None
     seconds: float
     extra: dict = dataclasses.field(default_factory=dict)
 
@@ -226,8 +235,8 @@ def device() -> dict:
 
 def _measurement_entry(metric: Measurement) -> dict:
     rates = {name: getattr(metric, name) for name in _RATES}
-    entry = {"defense": metric.defense, **{name: rate.percent for name, rate in rates.items()}}
-    entry["counts"] = {name: [rate.hits, rate.count] for name, rate in rates.items()}
+    entry = {"defense": metric.defense, **{name: rate and rate.percent for name, rate in rates.items()}}
+    entry["counts"] = {name: rate and [rate.hits, rate.count] for name, rate in rates.items()}
     return {**entry, "seconds": metric.seconds, **metric.extra}
 
 
@@ -247,15 +256,21 @@ def _stage(entry, where: str) -> StageCost:
 
 
 def _measurement(entry, where: str) -> Measurement:
-    kinds = {"defense": str, "counts": dict, "seconds": _AMOUNT, **dict.fromkeys(_RATES, _AMOUNT)}
+    maybe = type(None)
+    kinds = {"defense": str, "counts": dict, "seconds": _AMOUNT}
+    kinds |= {"ca": _AMOUNT, "asr": (*_AMOUNT, maybe), "robust_accuracy": (*_AMOUNT, maybe)}
     _check(entry, kinds, where, others=True)
-    _check(entry["counts"], dict.fromkeys(_RATES, list), f"{where}counts.")
+    _check(entry["counts"], {"ca": list, "asr": (list, maybe), "robust_accuracy": (list, maybe)}, f"{where}counts.")
     rates = {name: _rate(entry["counts"][name], entry[name], where + name) for name in _RATES}
     extra = {name: value for name, value in entry.items() if name not in kinds}
     return Measurement(entry["defense"], **rates, seconds=float(entry["seconds"]), extra=extra)
 
 
-def _rate(counts: list, percent: float, where: str) -> Rate:
+def _rate(counts: list | None, percent: float | None, where: str) -> Rate | None:
+    if counts is None and percent is None:
+        return None
+    if counts is None or percent is None:
+        raise UserError(f"{where} is {percent}, but its counts are {counts}")
     try:
         hits, count = counts
         rate = Rate(hits, count)

@@ -10,10 +10,13 @@ import jax
 import numpy as np
 
 from bibau_jax import attacks, checkpoint, data, defenses, keys, models, parallel, progress, records, train
-from bibau_jax.data import splits
+from bibau_jax.data import own, splits
 from bibau_jax.defenses.bibau import Perturbation
 from bibau_jax.errors import UserError
+from bibau_jax.importers.suspect import Suspect, bring
 from bibau_jax.models import own_file
+
+OF_A_FILE = ("weights", "container", "normalisation")  # settings of config.model that are about weights from a file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +30,21 @@ class Run:
     def key(self) -> jax.Array:
         return keys.root(self.config["seed"])
 
+    @property
+    def is_own(self) -> bool:
+        """Whether the model comes from a file of weights."""
+        return bool(self.config["model"]["weights"])
+
     @cached_property
     def dataset(self) -> data.Dataset:
         section = self.config["data"]
+        if section["folder"]:
+            size = section["image_size"] or None
+            mine = own.read(section["folder"], image_size=size)
+            test = own.read(section["test"], image_size=size) if section["test"] else None
+            if test is not None and test.class_names != mine.class_names:
+                raise UserError(f"{section['test']} and {section['folder']} are not of the same classes")
+            return data.Dataset("own", mine.images, test.images if test else mine.images.take(slice(0)), mine.class_names)
         progress.say(f"data: {section['name']}", show=parallel.is_lead())
         return data.load(
             section["name"],
@@ -42,6 +57,10 @@ class Run:
     @cached_property
     def splits(self) -> splits.Splits:
         section = self.config["data"]
+        if section["folder"]:
+            key, share = keys.stream(self.key, "data"), section["held_out"]
+            clean, held_out = splits.divide_own(key, self.dataset.train, held_out_share=share)
+            return splits.Splits(clean, clean, held_out)
         sizes = {name: section[name] for name in ("train_size", "clean_size", "validation_size")}
         if section["clean_ratio"]:
             total = section["train_size"] or len(self.dataset.train) - section["validation_size"]
@@ -51,11 +70,28 @@ class Run:
     @property
     def measured(self) -> data.ImageSet:
         """The images that models are measured on: the test set, or the held-out images of `splits` for choosing settings."""
-        return self.splits.validation if self.config["measured_on"] == "validation" else self.dataset.test
+        held_out = self.config["measured_on"] == "validation" or not len(self.dataset.test)
+        return self.splits.validation if held_out else self.dataset.test
+
+    @cached_property
+    def suspect(self) -> Suspect:
+        """The model of a stranger's file; reads it."""
+        section = self.config["model"]
+        taken = {name: section[name] or "" for name in ("file", *OF_A_FILE[1:], "mean", "std")}
+        return bring(
+            section["weights"],
+            self.splits.clean,
+            class_names=self.dataset.class_names,
+            name="" if section["name"] == "auto" else section["name"],
+            dtype=parallel.compute_dtype(self.config["compute"]),
+            **taken,
+        )
 
     @cached_property
     def classifier(self) -> models.Classifier:
-        section = {name: value for name, value in self.config["model"].items() if value is not None}
+        if self.is_own:
+            return self.suspect.classifier
+        section = {name: value for name, value in self.config["model"].items() if value is not None and name not in OF_A_FILE}
         channels = self.dataset.image_shape[2]
         if len(section["mean"]) != channels or len(section["std"]) != channels:
             raise UserError(f"model.mean and model.std need {channels} values, one a channel of {self.dataset.name}")
@@ -91,7 +127,15 @@ class Run:
         if row == "base_at":
             given.pop("ablation")  # what makes it Base AT
         given["pgd"] = Perturbation(**section["pgd"])
+        if section["target_label"] < 0:
+            given["target_label"] = self.scanned_class
         return {name: value for name, value in given.items() if name in known} | dict(section.get(row, {}))
+
+    @property
+    def scanned_class(self) -> int:
+        """The class that the scan suspects; 0 before there is one."""
+        path = self.folder / "scan" / "triggers.npz"
+        return int(np.argmax(np.load(path)["index"])) if path.exists() else 0
 
     def model_folder(self, stage: str) -> Path:
         """Where the finished model of a stage lies: in this run's folder, or in that of the run it is taken from."""

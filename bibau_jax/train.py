@@ -141,11 +141,57 @@ class Clock:
         return self.limit > 0 and parallel.agreed(self.spent >= self.limit)
 
 
+@dataclasses.dataclass
+class Guard:
+    """How much held-out clean accuracy a training may cost: `limit` points of what it was `before` (0..1); 0 for any.
+
+    Adversarial training begins far below where it ends, so an epoch beyond the limit ends it only after one within. Where the
+    last epoch is beyond, the one with the highest accuracy is given back.
+    """
+
+    limit: float = 0.0
+    before: float = 0.0
+    keeper: Keeper | None = None
+    told: str = ""  # what it did, for the reader
+
+    def keeps(self, entry: dict) -> bool:
+        """Whether an epoch's accuracy is within the limit."""
+        return 100 * (self.before - entry["held_out_accuracy"]) <= self.limit
+
+    def watches(self, history: list[dict]) -> bool:
+        """Whether there is a limit, and an accuracy to hold against it."""
+        return self.limit > 0 and bool(history) and "held_out_accuracy" in history[-1]
+
+    def see(self, state, history: list[dict]) -> None:
+        """Keeps the state after an epoch where it is the best yet."""
+        if self.watches(history) and self.keeper.latest() != int(state.step):
+            earlier = [entry["held_out_accuracy"] for entry in history[:-1]]
+            if history[-1]["held_out_accuracy"] > max(earlier, default=-1.0):
+                self.keeper.save(int(state.step), {"params": state.params, "statistics": state.statistics}, {})
+
+    def is_over(self, history: list[dict]) -> bool:
+        """Whether no further epoch is to begin."""
+        return self.watches(history) and not self.keeps(history[-1]) and any(map(self.keeps, history[:-1]))
+
+    def best(self, state, history: list[dict]):
+        """The state to give back: the last, or the best where the last is beyond the limit."""
+        if not self.watches(history) or self.keeps(history[-1]):
+            return state
+        chosen = max(history, key=lambda entry: entry["held_out_accuracy"])
+        _, tree, _ = self.keeper.restore({"params": state.params, "statistics": state.statistics})
+        lost = 100 * (self.before - chosen["held_out_accuracy"])
+        self.told = (
+            f"The limit on the loss of clean accuracy was passed: what is given back is epoch {chosen['epoch']} "
+            f"of {history[-1]['epoch']} that were run, which costs {lost:.1f} points (the limit is {self.limit:g})."
+        )
+        return state.replace(**parallel.replicate(tree))
+
+
 @dataclasses.dataclass(frozen=True)
 class Journal:
-    """Where a stage of training leaves its traces: checkpoints, scalars, progress; and how long it may last.
+    """Where a stage of training leaves its traces: checkpoints, scalars, progress; how long it may last, what it may cost.
 
-    The default leaves none and has no end. Parts of a stage share its clock.
+    The default leaves none, has no end and no limit. Parts of a stage share its clock, not its guard.
     """
 
     stage: str = "training"
@@ -153,11 +199,12 @@ class Journal:
     scalars: Scalars | None = None
     show: bool = False
     clock: Clock = dataclasses.field(default_factory=Clock)
+    guard: Guard = dataclasses.field(default_factory=Guard)
 
     def part(self, name: str) -> "Journal":
         """The journal of a training within this stage, with checkpoints of its own."""
         keeper = self.keeper and Keeper(self.keeper.directory / name, self.keeper.every_steps, self.keeper.keep)
-        return dataclasses.replace(self, stage=f"{self.stage}/{name}", keeper=keeper)
+        return dataclasses.replace(self, stage=f"{self.stage}/{name}", keeper=keeper, guard=Guard())
 
 
 def fit(
@@ -200,7 +247,8 @@ def fit(
     journal.clock.spent += math.fsum(entry["seconds"] for entry in history)
     with progress.bar(epochs * run.steps, journal.stage, start=done, show=journal.show) as bar:
         for epoch in range(done // run.steps, epochs):
-            if journal.clock.is_over or (stop is not None and history and stop(history)):
+            stopped = stop is not None and history and stop(history)
+            if stopped or journal.clock.is_over or journal.guard.is_over(history):
                 if journal.keeper is not None and journal.keeper.latest() != int(state.step):
                     run.save(state, history, tally)
                 break
@@ -220,10 +268,11 @@ def fit(
             if journal.scalars is not None:
                 journal.scalars.write(stage=journal.stage, **history[-1])
             tally = Tally()
+            journal.guard.see(state, history)
             if journal.keeper is not None and (whole or epoch + 1 == epochs):
                 run.save(state, history, tally)
     run.check_finite(state)
-    return state, history
+    return journal.guard.best(state, history), history
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4))

@@ -11,7 +11,8 @@ from bibau_jax.records import flat, write_text
 FREE = ("stages", "tensorboard", "checkpoint_every", "distributed", "data.data_dir", "data.manual_dir", "data.download")
 ADDABLE = ("defense.beside", "implant.reuse", "implant.clean_twin", "reactivate.checks")
 
-LATER = {"defense": "purify", "reactivate": "reactivate"}  # sections of the config, and the folder that settles them
+# Sections of the config, and the folder that settles them.
+LATER = {"defense": "purify", "reactivate": "reactivate", "scan": "scan", "verify": "verify", "export": "export"}
 
 
 def told_apart_by(config: dict) -> dict:

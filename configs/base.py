@@ -27,6 +27,10 @@ def get_config() -> ConfigDict:
     config.data.data_dir = ""  # where prepared data sets are kept; "" is ~/tensorflow_datasets
     config.data.manual_dir = ""  # where archives lie that were downloaded by hand
     config.data.download = True  # whether a missing archive may be downloaded
+    config.data.folder = ""  # one's own labelled images in place of a data set: a folder of class/picture, or an .npz file
+    config.data.test = ""  # more of them, to measure on; "" holds some of the others out
+    config.data.image_size = 0  # side that one's own images are resized to; 0 leaves them
+    config.data.held_out = 0.2  # share of one's own images that is held out: never trained on or scanned
     config.data.train_size = 0  # training images; 0 takes all that validation leaves
     config.data.clean_size = 2500  # the defender's clean images, drawn from the training images (5 %)
     config.data.clean_ratio = 0.0  # as a share of the training images instead; 0 takes clean_size
@@ -37,7 +41,10 @@ def get_config() -> ConfigDict:
     config.data.tiny_imagenet = ConfigDict({"image_size": 32})  # 64 is the published size
 
     config.model = ConfigDict()
-    config.model.name = "resnet18"  # a network of bibau_jax/models
+    config.model.weights = ""  # a file of weights to purify (.pth, .tar, .safetensors, ...), in place of a model implanted here
+    config.model.container = ""  # key of the weights in a checkpoint that holds several
+    config.model.normalisation = "given"  # mean and std below; "auto" tries the usual ones on clean images; or one by name
+    config.model.name = "resnet18"  # a network of bibau_jax/models; "auto" tells it by the keys of model.weights
     config.model.file = placeholder(str)  # a Python file with a network of your own instead, as examples/small_vgg.py
     config.model.width = placeholder(int)  # channels of the first stage; what is left open here and below is the network's own
     config.model.stages = placeholder(tuple)  # blocks per stage
@@ -87,7 +94,20 @@ def get_config() -> ConfigDict:
     config.attack.adap_patch.opacity = 1.0  # times that of the faint patches in training
     for name in ("adap_blend", "adap_patch"):  # the same, and the pull on poisoned features in training
         config.attack[f"enhanced_{name}"] = ConfigDict(config.attack[name].to_dict() | {"coupling": 1.0})
-    for name in ("badnets", "blended", "sig", "refool", "wanet", "iad", "issba", "narcissus", "adap_blend", "adap_patch"):
+    config.attack.patch = ConfigDict({"file": ""})  # .npz with mask (0..1) and pattern (0..255): a trigger of one's own
+    for name in (
+        "badnets",
+        "blended",
+        "sig",
+        "refool",
+        "wanet",
+        "iad",
+        "issba",
+        "narcissus",
+        "adap_blend",
+        "adap_patch",
+        "patch",
+    ):
         config.attack[name].poison_ratio = 0.1
     config.attack.sig.poison_ratio = 0.05  # half of the target class, and leaves its accuracy
     config.attack.narcissus.poison_ratio = 0.0005
@@ -104,6 +124,17 @@ def get_config() -> ConfigDict:
     config.implant.schedule = "multistep"  # x0.1 at 50 % and 75 %; or cosine, constant, one_cycle
     config.implant.momentum = 0.9
     config.implant.weight_decay = 5e-4
+
+    config.scan = ConfigDict({"images": 500, "epochs": 80, "batch_size": 64})  # clean images, passes over them
+    config.scan.learning_rate = 0.1
+    config.scan.enough = 0.99  # share of images that a trigger must send to its class
+    config.scan.patience = 5  # epochs before the mask's weight changes
+    config.scan.stop_after = 25  # epochs without a smaller mask
+    config.scan.limit = 2.0  # of the anomaly index
+    config.scan.share = 0.5  # of the median's size that a suspicious trigger may have at most
+
+    config.verify = ConfigDict({"trigger": "", "target_label": 0})  # the real one, where it is known: .npz; and its class
+    config.export = ConfigDict({"format": "safetensors", "path": ""})  # or pth; "" is <workdir>/export
 
     config.defense = defense()
     config.defense.target_label = config.attack.get_ref("target_label") + 0  # follows the attack's until it is set itself
@@ -168,6 +199,7 @@ def defense() -> ConfigDict:
     config.weight_decay = 5e-4
     config.max_grad_norm = 5.0  # BI-BAU clips the gradient's global norm at this; 0 for never
 
+    config.max_loss = 0.0  # points of held-out clean accuracy that purification may cost; 0 for any
     config.max_seconds = 0.0  # of whole epochs that a defence may train for; 0 for all of them
 
     config.ibu = ConfigDict({"lambda_clean": 1.0, "lambda_backdoor": 1.0})  # lambda_c, lambda_b; lost in the paper's text

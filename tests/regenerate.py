@@ -1,8 +1,10 @@
 """Writes tests/goldens anew from the code as it is: `python -m tests.regenerate`; look at what changed before keeping it."""
 
+import atexit
 import inspect
 import json
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -127,9 +129,20 @@ LEARNED = {
 OPTIONS = {"iad": {"width": 2}, "issba": {"width": 2}, "narcissus": {"poison_ratio": 0.02}}
 
 
+def own_trigger(shape) -> dict[str, str]:
+    """The options of an attack from a file: half-opaque noise in the upper half of images of `shape`."""
+    path = Path(tempfile.gettempdir()) / f"trigger_{'x'.join(map(str, shape))}_{os.getpid()}.npz"
+    mask = np.zeros((*shape[:2], 1), np.float32)
+    mask[: shape[0] // 2] = 0.5
+    np.savez(path, mask=mask, pattern=np.random.default_rng(2).integers(0, 256, shape).astype(np.uint8))
+    atexit.register(path.unlink, missing_ok=True)
+    return {"file": str(path)}
+
+
 def attack(name, seed=0, *, shape=(16, 20, 3), **options):
     """The attack, and where its trigger is trained, what it is then for images of `shape`."""
-    made = attacks.get(name).make(keys.root(seed), num_classes=5, **OPTIONS.get(name, {}) | options)
+    given = OPTIONS.get(name, {}) | (own_trigger(shape) if name in attacks.FROM_FILES else {})
+    made = attacks.get(name).make(keys.root(seed), num_classes=5, **given | options)
     return made.control.finish(made, LEARNED[name](shape)) if name in LEARNED else made
 
 

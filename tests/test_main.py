@@ -71,7 +71,10 @@ def done(finished, tmp_path):
         ({"defense.beside": "ft,fq"}, 'unknown defence "fq"; known: '),
         ({"data.name": "cifar11"}, f'unknown data set "cifar11"; known: {", ".join(data.names())}'),
         ({"model.name": "resnet19"}, f'unknown model "resnet19"; known: {", ".join(models.names())}'),
-        ({"stages": "implant,purge"}, 'unknown stage "purge"; known: implant, purify, evaluate, reactivate, report'),
+        (
+            {"stages": "implant,purge"},
+            'unknown stage "purge"; known: import, implant, scan, purify, evaluate, reactivate, verify, export, report',
+        ),
         ({"attack.target_label": 10}, "target label 10 is outside the 10 classes 0..9"),
         ({"attack.mode": "one_to_one"}, 'attack mode "one_to_one" is unknown; choose one of all_to_one, all_to_all'),
         ({"attack.poison_ratio": -0.1}, "poison ratio -0.1 is outside (0, 1]"),

@@ -7,8 +7,9 @@ from types import ModuleType
 from bibau_jax.attacks.protocol import Attack, Control, PoisonedSplit
 from bibau_jax.errors import unknown
 
-__all__ = ["Attack", "Control", "PoisonedSplit", "get", "names"]
+__all__ = ["FROM_FILES", "Attack", "Control", "PoisonedSplit", "get", "names"]
 
+FROM_FILES = {"patch"}  # attacks that are nothing without a file of one's own
 NOT_ATTACKS = {"protocol", "gallery", "coupling", "networks"}
 
 

@@ -57,7 +57,7 @@ def rows(config: dict, names: list[str], runs: list[str]) -> tuple[list[Row], ob
     anew = {"mode": "all_to_one", "poison_ratio": 0.0}  # a trigger at test looks the same whatever these are
     run = experiment.Run(config | {"attack": config["attack"] | anew}, Path())
     made, missing = {}, []
-    for name in names or attacks.names():
+    for name in names or [name for name in attacks.names() if name not in attacks.FROM_FILES]:
         attack = run.attack_named(name)
         if attack.control is not None and attack.control.trains_trigger:
             if names:

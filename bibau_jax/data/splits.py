@@ -42,7 +42,7 @@ def divide(key: jax.Array, train: ImageSet, *, train_size: int, clean_size: int,
             + (f", {copies} of them near-copies of validation images" if copies else "")
         )
     kept = train.take(others[: train_size or None])
-    clean = kept.take(_class_balanced(kept.labels, clean_size))
+    clean = kept.take(class_balanced(kept.labels, clean_size))
     return Splits(kept, clean, train.take(held_out))
 
 
@@ -77,7 +77,8 @@ def evenly_chosen(labels: np.ndarray, count: int) -> np.ndarray:
     return chosen
 
 
-def _class_balanced(labels: np.ndarray, count: int) -> np.ndarray:
+def class_balanced(labels: np.ndarray, count: int) -> np.ndarray:
+    """Positions of `count` images, sorted, as many of each class as there are; UserError for fewer than one a class."""
     if count > len(labels):
         raise UserError(f"clean set larger than the data: clean_size {count}, training images {len(labels)}")
     classes = np.unique(labels)

@@ -3,6 +3,7 @@
 What is too large, cut off, mislabelled or hostile is refused in one line before it takes memory or time.
 """
 
+import hashlib
 import io
 import math
 import mmap
@@ -57,6 +58,12 @@ def read(path, container: str | None = None) -> Checkpoint:
     except (OSError, EOFError, RuntimeError, NotImplementedError, ValueError, OverflowError) as error:
         told = getattr(error, "strerror", None) or f"it cannot be read ({type(error).__name__})"
         raise UserError(f"{path}: {told}") from None
+
+
+def sha256(path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read(file, size: int, container: str | None) -> Checkpoint:

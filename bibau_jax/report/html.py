@@ -14,7 +14,7 @@ import numpy as np
 
 from bibau_jax import records
 from bibau_jax.errors import UserError
-from bibau_jax.report import figures, gone, progress, series, strip, words
+from bibau_jax.report import figures, gone, own, progress, series, strip, words
 
 STAGES = {"implant": "Implanting the backdoor", "clean": "Training the clean twin", "evaluate": "Evaluation"}
 UNCLASSED = {"none": "is-before", "clean": "is-clean"}
@@ -31,41 +31,61 @@ def write(workdir) -> Path:
     log = workdir / "metrics.jsonl"
     lines = list(records.read_lines(log)) if log.exists() else []
     path, unfinished = workdir / "report.html", workdir / "report.html.part"
-    unfinished.write_text(page(record, lines, read_strip(workdir / "strip.npz")), encoding="utf-8")
+    arrays = {name: read_arrays(workdir / f"{name}.npz") for name in ("strip", "scan/triggers", "verify/scan/triggers")}
+    unfinished.write_text(page(record, lines, arrays), encoding="utf-8")
     os.replace(unfinished, path)  # a reader never meets half a page
     return path
 
 
-def read_strip(path: Path) -> dict:
-    """The arrays of `strip.npz`, empty without the file; raises UserError where it cannot be read."""
+def read_arrays(path: Path) -> dict:
+    """The arrays of a file, empty without it; raises UserError where it cannot be read."""
     if not path.exists():
         return {}
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return dict(arrays)
     except (OSError, ValueError, EOFError, KeyError) as error:
-        raise UserError(f"{path} cannot be read ({error}): delete it and evaluate again") from error
+        raise UserError(f"{path} cannot be read ({error}): delete it and run its stage again") from error
 
 
 def page(record, lines=(), arrays=None) -> str:
-    """The whole page as text, from a Record, the lines of its log and the arrays of its strip."""
-    config = record.config
-    title = f"{words.attack(config['attack']['name'])} on {words.dataset(config['data']['name'])}"
-    parts = (
-        _head(record, title),
-        _outcome(record),
-        _table(record),
-        _gone(record),
-        _strip(arrays or {}, target(config)),
-        _progress(record, lines),
-        _costs(record),
-        _provenance(record),
-    )
+    """The whole page as text, from a Record, the lines of its log and the arrays in its folder, by file."""
+    arrays = arrays or {}
+    if own.is_own(record):
+        title, parts = _own(record, arrays)
+    else:
+        title = f"{words.attack(record.config['attack']['name'])} on {words.dataset(record.config['data']['name'])}"
+        strip_of = _strip(arrays.get("strip", {}), target(record.config))
+        parts = (_head(record, title), _outcome(record), _table(record), _gone(record), strip_of)
+    parts = (*parts, _progress(record, lines), _costs(record), _provenance(record))
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     head += '<meta name="color-scheme" content="light dark">'
     head += f"<title>{escape(title)}: before and after purification</title><style>{style}</style>"
     return f'<!doctype html><html lang="en"><head>{head}</head><body><main>{"".join(parts)}</main></body></html>\n'
+
+
+def _own(record, arrays: dict) -> tuple[str, tuple[str, ...]]:
+    """(title, sections) of the page about a stranger's model."""
+    title = f"{own.facts(record)['File']}: is there a backdoor in it?"
+    after = words.purified(record)
+    over = [words.defense(after.defense)] if after is not None else []
+    over += [f"seed {record.seed}", series.device_name(record.device)]
+    head = f'<header><p class="over">{" · ".join(map(escape, over))}</p><h1>{escape(title)}</h1>'
+    head += f'<p class="verdict">{escape(own.verdict(record))}</p><p class="basis">{escape(own.basis(record))}</p></header>'
+    drawn = own.triggers_html(record, arrays.get("scan/triggers", {}), "In the model as it came")
+    drawn += own.triggers_html(record, arrays.get("verify/scan/triggers", {}), "In the purified model")
+    text = (
+        "For every class, the smallest patch that the scan could find to turn other images into it: the patch on grey, and "
+        "laid over an image. A class that a much smaller patch reaches than the others is suspicious."
+    )
+    return title, (
+        head,
+        _section("numbers", "Before and after", own.table_html(record)),
+        _section("triggers", "What the scan found", drawn, text),
+        _section("unknown", "What is not known", own.unknown_html(record)),
+        _section("file", "The file", _facts(own.facts(record))),
+    )
 
 
 def target(config: dict) -> int | None:

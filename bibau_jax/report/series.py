@@ -51,11 +51,11 @@ def device_name(device: dict) -> str:
 
 def _row(record, measured, name: str) -> dict:
     config = record.config
-    data = config["data"]
+    data, weights = config["data"], config["model"].get("weights")
     row = {
         "dataset": data["name"],
-        "model": words.model(config["model"]),
-        "attack": config["attack"]["name"],
+        "model": Path(weights).name.partition(".")[0] if weights else words.model(config["model"]),
+        "attack": "patch" if weights else config["attack"]["name"],
         "defense": measured.defense,
         "variant": 1,
         "settings": "",
@@ -63,7 +63,7 @@ def _row(record, measured, name: str) -> dict:
     }
     for key in RATES:
         counted = getattr(measured, key)
-        row |= {key: words.rate(counted), f"{key}_hits": counted.hits, f"{key}_count": counted.count}
+        row |= {key: words.rate(counted), f"{key}_hits": counted and counted.hits, f"{key}_count": counted and counted.count}
     row |= {"ca_loss": None, "seconds": measured.seconds, "record": name, "device": device_name(record.device)}
     row |= {key: data.get(key) for key in SETTINGS}
     further = {key: value for key, value in measured.extra.items() if words.is_number(value) and key not in COLUMNS}

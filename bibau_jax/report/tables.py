@@ -13,7 +13,7 @@ from rich.table import Table
 
 from bibau_jax import records
 from bibau_jax.errors import UserError
-from bibau_jax.report import series, words
+from bibau_jax.report import own, series, words
 
 HEADINGS = {"ca": "CA", "asr": "ASR", "robust_accuracy": "Robust accuracy", "ca_loss": "CA loss", "seconds": "Seconds"}
 OPEN, CLOSE = "<!-- text -->", "<!-- /text -->"
@@ -21,6 +21,8 @@ OPEN, CLOSE = "<!-- text -->", "<!-- /text -->"
 
 def terminal(record) -> Table:
     """The closing table of one run: models by CA, ASR, robust accuracy, further numbers, seconds and peak memory."""
+    if own.is_own(record):
+        return own.terminal(record)
     config, more = record.config, words.further(record)
     title = f"{words.attack(config['attack']['name'])} on {words.dataset(config['data']['name'])}, seed {record.seed}"
     table = Table(title=title, caption=f"{words.verdict(record)}\n{words.reservation(record)}")
@@ -94,11 +96,15 @@ def _rows_table(made) -> str:
     headings += ("Robust accuracy", "Seconds", "Training images", "Clean images", "Machine", "Record")
     body = []
     for row in made:
-        ca, asr, robust = (f"{_fixed(row[r])} ({row[f'{r}_hits']}/{row[f'{r}_count']})" for r in series.RATES)
+        ca, asr, robust = (_fixed(row[r]) + _counts(row, r) for r in series.RATES)
         numbers = (row["seed"], ca, _fixed(row["ca_loss"]), asr, *(_fixed(row.get(n)) for n in more), robust)
         sizes = (words.NOTHING if row[key] is None else row[key] or "all" for key in series.SETTINGS)
         body.append((*_names(row), *numbers, _fixed(row["seconds"], 1), *sizes, row["device"], row["record"]))
     return _markdown_table(headings, 4, body)
+
+
+def _counts(row: dict, rate: str) -> str:
+    return "" if row[rate] is None else f" ({row[f'{rate}_hits']}/{row[f'{rate}_count']})"
 
 
 def _machines(found: dict) -> str:

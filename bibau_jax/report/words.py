@@ -15,6 +15,7 @@ ATTACKS = {
     "adap_patch": "Adap-Patch",
     "enhanced_adap_blend": "Enhanced Adap-Blend",
     "enhanced_adap_patch": "Enhanced Adap-Patch",
+    "patch": "A trigger of one's own",
 }
 DEFENSES = {
     "none": "Backdoored model",
@@ -36,7 +37,7 @@ DEFENSES = {
     "pam": "PAM",
     "nad": "NAD",
 }
-DATASETS = {"cifar10": "CIFAR-10", "gtsrb": "GTSRB", "tiny_imagenet": "Tiny-ImageNet", "digits": "Digits"}
+DATASETS = {"own": "Own images", "cifar10": "CIFAR-10", "gtsrb": "GTSRB", "tiny_imagenet": "Tiny-ImageNet", "digits": "Digits"}
 # Further measurements that tables show; records hold more.
 MEASURES = {"r_asr": "R-ASR", "q_asr": "Q-ASR", "u_asr": "U-ASR", "s_asr": "S-ASR", "bec": "BEC"}
 REACTIVATION = ("r_asr", "q_asr")

@@ -30,6 +30,7 @@ class Scene:
     aims: np.ndarray
     models: dict[str, dict]
     digests: dict[str, str]
+    room: str = "reactivate"  # the part of the run's folder that work is kept in
 
     @property
     def shown(self) -> dict[str, np.ndarray]:
@@ -79,7 +80,7 @@ def _accuracy(scene: Scene, variables) -> float:
 
 
 def _journal(scene: Scene, row: str, check: str) -> train.Journal:
-    return scene.this.journal(f"reactivate/{row}/{check}")
+    return scene.this.journal(f"{scene.room}/{row}/{check}")
 
 
 # --- what the attacker holds

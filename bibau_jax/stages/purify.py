@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from bibau_jax import defenses, keys, parallel, progress, train
+from bibau_jax import checkpoint, defenses, keys, parallel, progress, train
 from bibau_jax.data import ImageSet
-from bibau_jax.errors import NotApplicable
+from bibau_jax.errors import NotApplicable, UserError
 from bibau_jax.metrics import cost
 from bibau_jax.run import Run, attack_as_trained, finish, is_done, load_model, write_arrays
 from bibau_jax.stages.implant import poisoned_split
@@ -18,11 +18,13 @@ def run(this: Run, command: str) -> None:
         if is_done(this, stage, command):
             continue
         options = this.options(row)
+        if row == "bibau_t" and this.config["defense"]["target_label"] < 0 and not (this.folder / "scan").exists():
+            raise UserError("bibau_t needs the attacker's class: run the stage scan first, or set defense.target_label")
         if defenses.is_ideal(row):
             options["triggered"] = _triggered(this)
         if defenses.is_informed(row):
             options["poisoned"] = _poisoned(this)
-        clock = train.Clock(this.config["defense"]["max_seconds"])
+        clock, guard = train.Clock(this.config["defense"]["max_seconds"]), _guard(this, stage, variables)
         try:
             with cost.measure() as spent:
                 purified = defenses.get(row).purify(
@@ -31,7 +33,7 @@ def run(this: Run, command: str) -> None:
                     variables,
                     this.splits.clean,
                     held_out=this.splits.validation,
-                    journal=dataclasses.replace(this.journal(stage), clock=clock),
+                    journal=dataclasses.replace(this.journal(stage), clock=clock, guard=guard),
                     **options,
                 )
         except NotApplicable as reason:
@@ -42,7 +44,23 @@ def run(this: Run, command: str) -> None:
         for name, arrays in (("samples", purified.samples), ("evidence", purified.evidence)):
             if arrays is not None:
                 write_arrays(this.folder / stage / f"{name}.npz", arrays)
-        finish(this, stage, {"variables": purified.variables}, purified.history, spent, command, told=purified.told)
+        finish(this, stage, {"variables": purified.variables}, purified.history, spent, command, told=_told(purified, guard))
+
+
+def _guard(this: Run, stage: str, variables) -> train.Guard:
+    """The limit on what a defence may cost, counted on the held-out images."""
+    limit, held_out = this.config["defense"]["max_loss"], this.splits.validation
+    if not limit:
+        return train.Guard()
+    if not len(held_out):
+        raise UserError("defense.max_loss needs held-out images to count on (data.validation_size or data.held_out)")
+    before = train.accuracy(this.classifier, variables, held_out.images, held_out.labels)
+    return train.Guard(limit, before, checkpoint.Keeper(this.folder / stage / "best", every_steps=1, keep=1))
+
+
+def _told(purified: defenses.Purified, guard: train.Guard) -> dict:
+    guard.keeper and guard.keeper.clear()
+    return purified.told | ({"guard": guard.told} if guard.told else {})
 
 
 def _poisoned(this: Run) -> ImageSet:

@@ -1,0 +1,48 @@
+"""The model card beside purified weights: what was done, with which figures, and how to load them."""
+
+from bibau_jax.report import own, words
+
+
+def markdown(record, file: str, sha256: str) -> str:
+    """The card of `file` as Markdown, from the record of the run that made it."""
+    told, after = own.suspect(record), words.purified(record)
+    made = own.rows(record)
+    parts = [
+        f"# {file}",
+        f"{own.verdict(record)}\n\n{own.basis(record)}",
+        "## What was done",
+        "\n".join(
+            [
+                f"- From: `{told.get('file', '').rsplit('/', 1)[-1]}`, SHA-256 `{told.get('sha256', '')}`",
+                f"- By: {words.defense(after.defense) if after else words.NOTHING} of bibau_jax {record.versions['bibau_jax']}",
+                f"- This file: SHA-256 `{sha256}`, the same names, layouts and types as the one it came from",
+                f"- Network: {told.get('network')}; pixels scaled as {told.get('normalisation')}: "
+                f"(x / 255 - {_numbers(told.get('mean', []))}) / {_numbers(told.get('std', []))}",
+                f"- Command: `{record.command}`",
+            ]
+        ),
+        "## Figures",
+        _table(made) if made else "Not measured.",
+        "## What is not known",
+        "\n".join(f"- {line}" for line in own.unknown(record)),
+        "## To load it in PyTorch",
+        _loading(file),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _numbers(values) -> str:
+    return "(" + ", ".join(f"{value:g}" for value in values) + ")"
+
+
+def _table(made) -> str:
+    heads = ["Model", *(name for name, _ in made[0][1])]
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *([name, *(value for _, value in cells)] for name, cells in made)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _loading(file: str) -> str:
+    reading = "safetensors.torch.load_file" if file.endswith(".safetensors") else "torch.load"
+    options = "" if file.endswith(".safetensors") else ", weights_only=True"
+    package = "import safetensors.torch" if file.endswith(".safetensors") else "import torch"
+    return f'```python\n{package}\n\nmodel.load_state_dict({reading}("{file}"{options}), strict=True)\n```'

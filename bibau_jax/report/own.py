@@ -1,0 +1,216 @@
+"""What a run on a stranger's model found, for the person who is to deploy it: verdict, evidence, and what is not known."""
+
+from html import escape
+
+import numpy as np
+from rich.table import Table
+
+from bibau_jax.report import strip, words
+
+SHOWN = 6  # classes whose inverted triggers are drawn
+TRIGGERS = {"stand_in_": "The inverted trigger", "": "The given trigger"}  # by what the names of its rates begin with
+
+
+def is_own(record) -> bool:
+    """Whether the run is about a file of weights that was brought in."""
+    return bool(record.config["model"].get("weights"))
+
+
+def suspect(record) -> dict:
+    """What was found out about the file when it was read."""
+    before = words.backdoored(record)
+    return before.extra if before is not None else {}
+
+
+def class_name(record, label: int) -> str:
+    """A class with its number, "8 (ship)"."""
+    names = suspect(record).get("class_names", [])
+    return f"{label} ({names[label]})" if 0 <= label < len(names) and names[label] != str(label) else str(label)
+
+
+def verdict(record) -> str:
+    """Two or three sentences made from the numbers: what the scan found, what is left of it, what it cost."""
+    before, after = words.backdoored(record), words.purified(record)
+    found = before.extra.get("scan") if before is not None else None
+    if found is None:
+        return "The model was not scanned yet."
+    said = [_of_scan(record, found)]
+    if after is not None:
+        left = [f"{words.percent(after.extra.get('stand_in_asr'))} of images"]
+        left += [
+            f"{words.percent(after.extra[f'stand_in_{name}'])} {how}"
+            for name, how in (("r_asr", "after retuning with a few such images"), ("q_asr", "with perturbations that wake it"))
+            if words.is_number(after.extra.get(f"stand_in_{name}"))
+        ]
+        if words.is_number(after.extra.get("stand_in_asr")):
+            worked = words.percent(before.extra.get("stand_in_asr"))
+            patch = "That patch" if found["flagged"] else "The likeliest patch"
+            said.append(f"{patch} worked on {worked} of other images and works on {', '.join(left)} in the purified model.")
+        if after.asr is not None and before.asr is not None:
+            again = [words.percent(after.extra.get(name)) for name in ("r_asr", "q_asr")]
+            rates = [words.percent(m.asr.percent) for m in (before, after)]
+            said.append(
+                f"The given trigger worked on {rates[0]} and works on {rates[1]}; called back, on {again[0]} (retuning) and "
+                f"{again[1]} (perturbations)."
+            )
+        said.append(f"Clean accuracy went from {words.percent(before.ca.percent)} to {words.percent(after.ca.percent)}.")
+    return " ".join(said)
+
+
+def _of_scan(record, found: dict) -> str:
+    index, label = words.number(found["anomaly_index"]), found["suspected"]
+    if not found["flagged"]:
+        return f"The scan found no class that an unusually small patch leads to (largest anomaly index {index})."
+    size, reached = words.number(found["sizes"][label], 0), words.percent(100 * found["reached"][label])
+    others = [class_name(record, other) for other in found["flagged"] if other != label]
+    more = f" Also flagged: {', '.join(others)}." if others else ""
+    return (
+        f"Suspicious: a patch of about {size} pixels turns {reached} of other images into class {class_name(record, label)} "
+        f"(anomaly index {index}).{more}"
+    )
+
+
+def basis(record) -> str:
+    """What the verdict rests on."""
+    before = words.backdoored(record)
+    if before is None:
+        return ""
+    return (
+        f"Counted on {before.ca.count:,} labelled images that were neither scanned nor trained with; intervals are 95 %; one "
+        f"run, seed {record.seed}. An anomaly index above {words.number(record.config['scan']['limit'])} is suspicious."
+    )
+
+
+def facts(record) -> dict[str, str]:
+    """The file and how it was read."""
+    told = suspect(record)
+    tried = told.get("accuracy_by_normalisation", {})
+    scaling = told.get("normalisation", words.NOTHING)
+    if len(tried) > 1:
+        scaling += f" (of {len(tried)} tried on the clean images)"
+    return {
+        "File": told.get("file", words.NOTHING).rsplit("/", 1)[-1],
+        "SHA-256": told.get("sha256", words.NOTHING),
+        "Format": told.get("format", words.NOTHING),
+        "Weights under": told.get("container") or "the top",
+        "Prefix taken off": told.get("prefix") or "none",
+        "Network": told.get("network", words.NOTHING),
+        "Pixels scaled as": scaling,
+        "Classes": str(len(told.get("class_names", ()))),
+    }
+
+
+def rows(record) -> list[tuple[str, list[tuple[str, str]]]]:
+    """(model, [(heading, value)]) of every model measured; columns that nobody has are left out."""
+    columns = {"Clean accuracy": _accuracy, "Largest anomaly index": _index}
+    for begin, name in TRIGGERS.items():
+        columns[f"{name} works"] = lambda m, begin=begin: _rate(m, begin, "asr")
+        columns[f"{name} works after retuning"] = lambda m, begin=begin: _rate(m, begin, "r_asr")
+        columns[f"{name} works with perturbations"] = lambda m, begin=begin: _rate(m, begin, "q_asr")
+    measured = sorted(record.metrics.values(), key=lambda m: words.order(words.DEFENSES, m.defense))
+    made = {name: [column(m) for m in measured] for name, column in columns.items()}
+    kept = [name for name, values in made.items() if any(value != words.NOTHING for value in values)]
+    called = [words.defense(m.defense) if m.defense != "none" else "The model as it came" for m in measured]
+    return [(name, [(column, made[column][place]) for column in kept]) for place, name in enumerate(called)]
+
+
+def _accuracy(measured) -> str:
+    low, high = measured.ca.interval
+    return f"{words.percent(measured.ca.percent)} ({words.number(low)} to {words.number(high)})"
+
+
+def _index(measured) -> str:
+    return words.number(measured.extra.get("scan", {}).get("anomaly_index"))
+
+
+def _rate(measured, begin: str, name: str) -> str:
+    if name == "asr" and not begin:
+        return words.percent(measured.asr.percent) if measured.asr is not None else words.NOTHING
+    return words.percent(measured.extra.get(begin + name))
+
+
+def unknown(record) -> list[str]:
+    """What the run does not tell, for a reader who would deploy the model."""
+    told = [
+        "The scan finds triggers that look the same on every image and cover little of it. Triggers spread over the whole "
+        "image, different on every image or bending it, and backdoors with several targets may pass it unseen; BI-BAU (U) does "
+        "not need the scan to have found anything.",
+    ]
+    if not record.config["verify"]["trigger"]:
+        told.append(
+            "Nobody gave the real trigger. The inverted one stands in for it: it is what the scan could make, and may be "
+            "another shortcut of the network."
+        )
+    told.append(
+        "Re-activation was tried with two attacks. That they fail is evidence, not proof; a run with other seeds "
+        "(--config.seed=1) adds to it."
+    )
+    told.append("Nothing is said about images of other kinds than the clean ones, nor about adversarial examples in general.")
+    after = words.purified(record)
+    if after is not None and after.extra.get("guard"):
+        told.insert(0, after.extra["guard"])
+    return told
+
+
+def terminal(record) -> Table:
+    """The closing table of one run: a line a number, a column a model."""
+    table, made = Table(title=facts(record)["File"], caption=f"{verdict(record)}\n{basis(record)}"), rows(record)
+    table.add_column("")
+    for name, _ in made:
+        table.add_column(name, justify="right")
+    for line, (what, _) in enumerate(made[0][1] if made else ()):
+        table.add_row(what, *(cells[line][1] for _, cells in made))
+    return table
+
+
+# --- as HTML
+
+
+def unknown_html(record) -> str:
+    """The list of what is not known."""
+    return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in unknown(record))}</ul>"
+
+
+def table_html(record) -> str:
+    """What was measured, a line a number and a column a model."""
+    made, main = rows(record), _main(record)
+    if not made:
+        return ""
+    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name, _ in made)
+    body = []
+    for line, (what, _) in enumerate(made[0][1]):
+        values = [cells[line][1] for _, cells in made]
+        cells = "".join(f"<td>{f'<b>{value}</b>' if place == main else value}</td>" for place, value in enumerate(values))
+        body.append(f'<tr><th scope="row">{escape(what)}</th>{cells}</tr>')
+    inside = f'<thead><tr><th scope="col"></th>{heads}</tr></thead><tbody>{"".join(body)}</tbody>'
+    return f'<div class="wide" role="region" tabindex="0" aria-label="Models"><table class="numbers">{inside}</table></div>'
+
+
+def _main(record) -> int:
+    measured = sorted(record.metrics.values(), key=lambda m: words.order(words.DEFENSES, m.defense))
+    after = words.purified(record)
+    return measured.index(after) if after in measured else -1
+
+
+def triggers_html(record, arrays: dict[str, np.ndarray], heading: str) -> str:
+    """The smallest triggers of a scan, laid over an image: the classes with the largest anomaly index first."""
+    if not arrays:
+        return ""
+    index, example = arrays["index"], arrays["example"].astype(np.float32)
+    order = np.argsort(-np.where(np.isfinite(index), index, -np.inf), kind="stable")[:SHOWN]
+    cells = []
+    for label in order:
+        mask, pattern = arrays["masks"][label], arrays["patterns"][label]
+        made = np.clip(np.round((1 - mask) * example + mask * pattern), 0, 255).astype(np.uint8)
+        alone = np.clip(np.round(mask * pattern + (1 - mask) * 128), 0, 255).astype(np.uint8)
+        flagged = label in arrays["flagged"]
+        reached = words.percent(100 * float(arrays["reached"][label]))
+        says = f'<span class="says{" hit" if flagged else ""}"><i>index {words.number(float(index[label]))}</i>'
+        says += f"{escape(class_name(record, int(label)))}: {reached}</span>"
+        alt = f"inverted trigger for class {class_name(record, int(label))}"
+        pictures = f'<img src="{strip.data_uri(alone)}" alt="{escape(alt)}">'
+        pictures += f'<img src="{strip.data_uri(made)}" alt="{escape(alt)}, on an image">'
+        cells.append(f"<td>{pictures}{says}</td>")
+    table = f'<table class="strip pairs-of" style="--n:{len(cells)}"><caption>{escape(heading)}</caption>'
+    table += f"<tbody><tr>{''.join(cells)}</tr></tbody></table>"
+    return f'<div class="wide" role="region" tabindex="0" aria-label="{escape(heading)}">{table}</div>'

@@ -1,0 +1,64 @@
+"""The stage that gives the purified model back, under the names, layouts and types that it came with, and a card beside it."""
+
+import dataclasses
+from pathlib import Path
+
+from bibau_jax import parallel, progress, records
+from bibau_jax.errors import UserError
+from bibau_jax.importers import export, rules, torch_file
+from bibau_jax.metrics import cost
+from bibau_jax.report import card
+from bibau_jax.run import Run, load_model, update
+
+
+def target(this: Run) -> Path:
+    """Where the purified weights go: `export.path`, or <workdir>/export/<name of the file>_purified.safetensors."""
+    section = this.config["export"]
+    if section["format"] not in export.SUFFIXES:
+        raise UserError(f'export.format "{section["format"]}" is unknown; choose one of {", ".join(export.SUFFIXES)}')
+    suffix = export.SUFFIXES[section["format"]]
+    if section["path"]:
+        path = Path(section["path"]).expanduser().absolute()
+        if path.suffix != suffix:
+            raise UserError(f"export.path={section['path']} must end in {suffix}, as export.format says")
+        return path
+    stem = Path(this.config["model"]["weights"]).name.split(".")[0]
+    return this.folder / "export" / f"{stem}_purified{suffix}"
+
+
+def check(this: Run) -> None:
+    """Raises `UserError` where the weights would go over the file that they came from, or over another run's."""
+    path = target(this)
+    if path.exists() and path.samefile(Path(this.config["model"]["weights"]).expanduser()):
+        raise UserError(f"export.path={path} is the file that the weights come from; nothing is ever written over it")
+    if path.exists() and not (this.folder / "record.json").exists():
+        raise UserError(f"export.path={path} exists already; nothing is overwritten")
+
+
+def run(this: Run, command: str) -> None:
+    """Writes the main defence's model and its card; a file that is there and holds it is left as it is."""
+    row, path = this.config["defense"]["name"], target(this)
+    variables, _, info = load_model(this, f"purify/{row}")
+    with cost.measure() as spent:
+        suspect = this.suspect
+        arrays = rules.to_arrays(variables, suspect.arrays, suspect.places)
+        named = {suspect.told["prefix"] + name: array for name, array in arrays.items()}
+        metadata = {"purified_by": row, "model_sha256": info["sha256"], "source_sha256": suspect.told["sha256"]}
+        if parallel.is_lead() and not _holds(path, named):
+            export.write(path, named, source=suspect.told["file"], metadata=metadata)
+    update(this, command, stages={"export": records.StageCost(**dataclasses.asdict(spent))})
+    if parallel.is_lead():
+        record = records.read(this.folder / "record.json")
+        records.write_text(path.with_suffix(".md"), card.markdown(record, path.name, torch_file.sha256(path)))
+        progress.say(f"export: {path}")
+
+
+def _holds(path: Path, arrays: dict) -> bool:
+    """Whether the file is there and holds just these arrays; one that is damaged or another's does not."""
+    if not path.exists():
+        return False
+    there = torch_file.read(path)
+    held = {there.prefix + name: array for name, array in there.arrays.items()}
+    return held.keys() == arrays.keys() and all(
+        held[name].dtype == array.dtype and held[name].tobytes() == array.tobytes() for name, array in arrays.items()
+    )

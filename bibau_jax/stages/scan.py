@@ -1,0 +1,125 @@
+"""The stage that looks for a backdoor without knowing the trigger: a class that an unusually small patch reaches.
+
+Neural Cleanse's inversion (Wang et al., IEEE S&P 2019), on any model; see `defenses.inversion`. Its anomaly index is taken of
+the logarithms of sizes, which differ by factors: where classes differ much among themselves, the index of the sizes as they are
+cannot pass the limit however small one of them is.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from bibau_jax import keys, parallel, progress, records, train
+from bibau_jax.data import ImageSet, splits
+from bibau_jax.defenses import inversion
+from bibau_jax.errors import UserError
+from bibau_jax.metrics import cost, rates
+from bibau_jax.models import Classifier
+from bibau_jax.run import Run, load_model, measured_so_far, update, write_arrays
+
+
+class Scan(NamedTuple):
+    """What a scan found: a trigger for every class, its anomaly index [K], and the classes whose index is above the limit."""
+
+    triggers: inversion.Triggers
+    index: np.ndarray
+    flagged: tuple[int, ...]
+
+    @property
+    def suspected(self) -> int:
+        """The class with the largest index, flagged or not."""
+        return int(np.argmax(self.index))
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """The numbers of the scan for a record; -1 stands for the size of a trigger that was not found."""
+        sizes = [float(size) if np.isfinite(size) else -1.0 for size in self.triggers.sizes]
+        index = [float(value) if np.isfinite(value) else 0.0 for value in self.index]
+        found = {"flagged": list(self.flagged), "suspected": self.suspected, "anomaly_index": max(index)}
+        return found | {"indices": index, "sizes": sizes, "reached": self.triggers.reached.tolist()}
+
+
+def scan(
+    key: jax.Array,
+    classifier: Classifier,
+    variables,
+    clean: ImageSet,
+    *,
+    images: int = 500,
+    limit: float = 2.0,
+    share: float = 0.5,
+    journal: train.Journal = train.Journal(),
+    **search,
+) -> Scan:
+    """Inverts a trigger for every class on up to `images` of the clean ones, as many of each class; `search`: see `invert`.
+
+    A class is flagged where its index is above `limit` (the paper: 2) and its trigger at most `share` of the median's size:
+    where all classes are nearly alike, a little less than the others says nothing. UserError for fewer than three classes,
+    whose sizes have no spread to compare with.
+    """
+    if classifier.num_classes < 3:
+        raise UserError("a scan compares classes with each other, and needs at least three of them")
+    chosen = clean.take(splits.class_balanced(clean.labels, min(images, len(clean))))
+    triggers, _ = inversion.invert(key, classifier, variables, chosen, journal=journal, **search)
+    return judged(triggers, limit=limit, share=share)
+
+
+def judged(triggers: inversion.Triggers, *, limit: float = 2.0, share: float = 0.5) -> Scan:
+    """The scan's verdict on inverted triggers, see `scan`."""
+    sizes = triggers.sizes
+    index, found = inversion.anomaly(np.log(sizes)), sizes[np.isfinite(sizes)]
+    small = sizes <= share * np.median(found) if len(found) else np.zeros(len(sizes), bool)
+    return Scan(triggers, index, tuple(np.flatnonzero((index > limit) & small).tolist()))
+
+
+def run(this: Run, command: str) -> None:
+    """Scans the model that is to be purified, before anything is done to it."""
+    found = of_model(this, command, "implant", "scan", "backdoored", "none")
+    say(this, found)
+
+
+def of_model(this: Run, command: str, stage: str, room: str, name: str, row: str) -> Scan:
+    """The scan of a stage's model, from `room` in the run's folder where it was done before; joins the model's row."""
+    variables, _, info = load_model(this, stage)
+    path = this.folder / room / "triggers.npz"
+    known = measured_so_far(this).get(name)
+    if path.exists() and known is not None and "scan" in known.extra and known.extra["model_sha256"] == info["sha256"]:
+        progress.say(f"{room}: done", show=parallel.is_lead())
+        return read(path)
+    journal = this.journal(room)
+    with cost.measure() as spent:
+        section = dict(this.config["scan"]) | {name: this.config["data"][name] for name in ("padding", "flip")}
+        found = scan(keys.stream(this.key, "scan"), this.classifier, variables, this.splits.clean, journal=journal, **section)
+        correct = rates.clean_accuracy(train.predict(this.classifier, variables, this.measured.images), this.measured.labels)
+    arrays = found.triggers._asdict() | {"index": found.index, "flagged": np.array(found.flagged, int)}
+    arrays["example"] = this.measured.images[0]
+    write_arrays(path, arrays)
+    journal.keeper.clear()
+    same = known if known is not None and known.extra.get("model_sha256") == info["sha256"] else None
+    measured = same or records.Measurement(
+        row, records.Rate(*correct), None, None, info["seconds"], {"model_sha256": info["sha256"]} | info.get("told", {})
+    )
+    measured = dataclasses.replace(measured, extra=measured.extra | {"scan": found.told})
+    update(this, command, metrics={name: measured}, stages={room: records.StageCost(**dataclasses.asdict(spent))})
+    return found
+
+
+def read(path) -> Scan:
+    """A scan from its arrays on disk."""
+    with np.load(path) as arrays:
+        triggers = inversion.Triggers(*(arrays[name] for name in inversion.Triggers._fields))
+        return Scan(triggers, arrays["index"], tuple(arrays["flagged"].tolist()))
+
+
+def say(this: Run, found: Scan) -> None:
+    """One line of what the scan found."""
+    told = found.told
+    if found.flagged:
+        names = this.suspect.told["class_names"] if this.is_own else this.dataset.class_names
+        classes = ", ".join(f"{label} ({names[label]})" for label in found.flagged)
+        line = f"suspicious: a small patch turns images into class {classes}; anomaly index {told['anomaly_index']:.1f}"
+    else:
+        line = f"nothing found: the largest anomaly index is {told['anomaly_index']:.1f}"
+    progress.say(f"scan: {line}", show=parallel.is_lead())

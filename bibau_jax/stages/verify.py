@@ -1,0 +1,115 @@
+"""The stage that looks whether a stranger's model is rid of its backdoor, without anybody knowing the trigger.
+
+What the scan inverted stands in for the trigger: does it still work, and can it be brought back? Where the real one is given,
+it is measured too, and its rates go by their ordinary names.
+"""
+
+import dataclasses
+
+from bibau_jax import attacks, checkpoint, keys, records, train
+from bibau_jax.attacks import patch
+from bibau_jax.data import ImageSet
+from bibau_jax.defenses import ibu
+from bibau_jax.errors import UserError
+from bibau_jax.metrics import cost, rates
+from bibau_jax.run import Run, load_model, measured_so_far, update
+from bibau_jax.stages import checks, evaluate, scan
+
+REAL, STAND_IN = "real", "stand_in"  # triggers, and the folders of what was tried with them
+
+
+def run(this: Run, command: str) -> None:
+    """Measures the suspicious model and every purified one: accuracy, scan, and how well triggers work and wake."""
+    before = scan.of_model(this, command, "implant", "scan", "backdoored", "none")
+    found = evaluate.models(this)
+    if len(found) == 1:
+        raise UserError("nothing is purified yet; run that stage first (--config.stages)")
+    scenes = {kind: _scene(this, kind, attack, found) for kind, attack in triggers(this, before).items()}
+    for row, one in found.items():
+        if row != "none" and row == this.config["defense"]["name"]:
+            scan.of_model(this, command, one.stage, "verify/scan", one.name, one.label)
+        _measure(this, command, row, one, scenes)
+
+
+def triggers(this: Run, found: scan.Scan) -> dict[str, attacks.Attack]:
+    """The triggers to verify with: that of the class that the scan suspects, and the real one where it is given."""
+    section, label = this.config["verify"], found.suspected
+    options = {"num_classes": this.classifier.num_classes}
+    inverted = (found.triggers.masks[label], found.triggers.patterns[label])
+    made = {STAND_IN: patch.of_arrays(this.key, *inverted, target_label=label, **options)}
+    if section["trigger"]:
+        given = patch.read(section["trigger"])
+        made[REAL] = patch.of_arrays(this.key, *given, target_label=section["target_label"], **options)
+    return made
+
+
+def check(this: Run) -> None:
+    """Raises `UserError` on a trigger that cannot be laid over the images, or aims outside the classes."""
+    section = this.config["verify"]
+    if section["trigger"]:
+        given = patch.read(section["trigger"])
+        options = {"num_classes": this.classifier.num_classes, "target_label": section["target_label"]}
+        first = this.measured.take(slice(8))
+        patch.of_arrays(this.key, *given, **options).stamp(first.images, first.ids)
+    checks.retuning_sizes(this, "patch")
+
+
+def _scene(this: Run, kind: str, attack: attacks.Attack, found: dict) -> checks.Scene:
+    """One trigger on the images that are measured, with a model that unlearned it knowing it: a clean one for comparison."""
+    test, loaded = this.measured, {row: load_model(this, one.stage) for row, one in found.items()}
+    models = {row: variables for row, (variables, _, _) in loaded.items()}
+    digests = {row: info["sha256"] for row, (_, _, info) in loaded.items()}
+    models["clean"] = _ideal(this, kind, attack, models["none"])
+    triggered, aims = attack.stamp(test.images, test.ids), attack.aim(test.labels)
+    return checks.Scene(this, attack, test, triggered, aims, models, digests, room=f"verify/{kind}")
+
+
+def _ideal(this: Run, kind: str, attack: attacks.Attack, variables) -> dict:
+    """The suspicious model after IBU on this trigger, from disk where that was done before."""
+    journal = this.journal(f"verify/{kind}/ibu")
+    place = this.folder / journal.stage / "model"
+    if not place.exists():
+        clean = this.splits.clean
+        triggered = ImageSet(attack.stamp(clean.images, clean.ids), clean.labels, clean.ids)
+        key, options = keys.stream(this.key, "purify"), this.options("ibu")
+        made = ibu.purify(key, this.classifier, variables, clean, triggered=triggered, journal=journal, **options)
+        checkpoint.save(place, {"variables": made.variables}, {})
+        journal.keeper.clear()
+    return checkpoint.load(place)[0]["variables"]
+
+
+def _measure(this: Run, command: str, row: str, one: evaluate.Measured, scenes: dict[str, checks.Scene]) -> None:
+    """Adds to a model's row what is not measured of it yet, trigger by trigger."""
+    told = measured_so_far(this).get(one.name)
+    info = checkpoint.info(this.model_folder(one.stage))
+    if told is None or told.extra.get("model_sha256") != info["sha256"]:
+        predicted = train.predict(this.classifier, load_model(this, one.stage)[0], this.measured.images)
+        correct = records.Rate(*rates.clean_accuracy(predicted, this.measured.labels))
+        extra = {"model_sha256": info["sha256"]} | info.get("told", {})
+        told = records.Measurement(one.label, correct, None, None, info["seconds"], extra)
+    for kind, scene in scenes.items():
+        name = f"{STAND_IN}_asr" if kind == STAND_IN else "asr"
+        if (told.asr if kind == REAL else told.extra.get(name)) is not None:
+            continue
+        with cost.measure() as spent:
+            told = _tried(scene, row, kind, told)
+        update(
+            this,
+            command,
+            metrics={one.name: told},
+            stages={f"verify/{kind}/{row}": records.StageCost(**dataclasses.asdict(spent))},
+        )
+
+
+def _tried(scene: checks.Scene, row: str, kind: str, told: records.Measurement) -> records.Measurement:
+    """The measurement with one trigger's rates: as it is, and for what was purified, called back."""
+    predicted = train.predict(scene.this.classifier, scene.models[row], scene.triggered)
+    hit = records.Rate(*rates.attack_success_rate(predicted, scene.test.labels, scene.aims))
+    found = {}
+    if row != "none":
+        found = checks.retuning_attack(scene, row) | checks.query_attack(scene, row)
+    if kind == STAND_IN:
+        found = {f"{STAND_IN}_{name}": value for name, value in ({"asr": hit.percent} | found).items()}
+        return dataclasses.replace(told, extra=told.extra | found)
+    robust = records.Rate(*rates.robust_accuracy(predicted, scene.test.labels, scene.aims))
+    return dataclasses.replace(told, asr=hit, robust_accuracy=robust, extra=told.extra | found)

@@ -1,0 +1,32 @@
+"""A model that somebody else trained: is there a backdoor in it, and a purified one in the same format.
+
+python -m bibau_jax.main --config=configs/own_model.py --workdir=runs/mine \
+  --config.model.weights=suspect.pth --config.data.folder=clean/
+
+`clean/` holds 100 to 5,000 labelled images, a folder a class; or clean.npz with images and labels.
+"""
+
+from configs import base
+
+
+def get_config():
+    """The same settings for every model, those of configs/cifar10_cpu.py but for what is said here."""
+    config = base.get_config()
+    config.stages = "scan,purify,verify,export,report"
+    config.data.name = "own"
+    config.data.flip = False  # a mirrored sign is another
+    config.model.name = "auto"
+    config.model.normalisation = "auto"
+    config.implant.clean_twin = "none"
+    config.defense.beside = ""
+    config.defense.target_label = -1  # bibau_t takes the class that the scan suspects
+    config.defense.epochs = 12
+    config.defense.batch_size = 64
+    config.defense.learning_rate = 0.03
+    config.defense.pgd.steps = 5
+    config.defense.pgd.step_size = 15.0
+    config.defense.pgd.epsilon = 50.0
+    config.reactivate.checks = ""
+    config.reactivate.retuning.poisoned = 5  # the most that the paper gives any attack
+    config.scan.epochs = 40
+    return config

@@ -1,0 +1,227 @@
+"""A stranger's checkpoint from its file to a purified one in the same format: every stage, on a network with a backdoor."""
+
+import hashlib
+import importlib
+import re
+
+import numpy as np
+import pytest
+
+from bibau_jax import experiment, records
+from bibau_jax.errors import UserError
+from bibau_jax.importers import export, torch_file
+from bibau_jax.stages import scan
+
+QUICK = {
+    "data.padding": 1,
+    "model.name": "resnet18",  # of one stage, as here, it has the keys of resnet20
+    "model.normalisation": "given",
+    "model.mean": (0.305,),
+    "model.std": (0.376,),
+    "scan.images": 150,
+    "scan.epochs": 60,
+    "scan.batch_size": 50,
+    "scan.enough": 0.9,
+    "scan.patience": 2,
+    "defense.epochs": 12,
+    "defense.batch_size": 40,
+    "defense.learning_rate": 0.1,
+    "defense.pgd.epsilon": 500.0,
+    "defense.pgd.step_size": 150.0,
+    "defense.lambda_kd": 0.03,
+    "defense.lambda_iewc": 5.0,
+    "defense.beside": "ft",
+    "reactivate.retuning.images": 96,
+    "reactivate.retuning.batch_size": 48,
+    "reactivate.retuning.repeats": 2,
+    "reactivate.query.images": 60,
+    "reactivate.query.epochs": 5,
+    "reactivate.query.hidden": 64,
+    "verify.target_label": 0,
+}
+
+
+def pytorch_names(variables) -> dict[str, np.ndarray]:
+    """The arrays of a ResNet under PyTorch's names and in its layouts, behind `module.`, with its counters."""
+    leaves = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+    made = {}
+    for collection in variables.values():
+        for path, value in torch_paths(collection):
+            *module, leaf = path
+            name = ".".join(part.replace("_", ".") if part.startswith("layer") else part for part in module)
+            name = name.replace("head", "linear").replace("shortcut_conv", "shortcut.0").replace("shortcut_bn", "shortcut.1")
+            value = np.asarray(value)
+            turn = {4: (3, 2, 0, 1), 2: (1, 0)}.get(value.ndim, (0,))
+            made[f"module.{name}.{leaves[leaf]}"] = np.ascontiguousarray(value.transpose(turn))
+            if leaf == "var":
+                made[f"module.{name}.num_batches_tracked"] = np.array(12, np.int64)
+    return made
+
+
+def torch_paths(tree, path=()):
+    """(path, leaf) of nested dicts."""
+    for name, value in tree.items():
+        yield from torch_paths(value, (*path, name)) if isinstance(value, dict) else [((*path, name), value)]
+
+
+@pytest.fixture(scope="module")
+def stranger(backdoored, tmp_path_factory):
+    """A folder with what somebody has who downloaded a model: its weights, clean images; and what only the attacker has."""
+    folder = tmp_path_factory.mktemp("stranger")
+    export.write(folder / "suspect.pth", pytorch_names(backdoored.variables))
+    np.savez(folder / "clean.npz", images=backdoored.clean.images, labels=backdoored.clean.labels)
+    np.savez(folder / "test.npz", images=backdoored.test.images, labels=backdoored.test.labels)
+    mask = np.zeros((16, 16, 1), np.uint8)
+    mask[-3:, -3:] = 1
+    np.savez(folder / "trigger.npz", mask=mask, pattern=255 * mask)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(stranger):
+    """The settings of a whole run in seconds, as a plain dict."""
+
+    def make(changes=None):
+        config = importlib.import_module("configs.own_model").get_config()
+        given = {"model.weights": str(stranger / "suspect.pth"), "data.folder": str(stranger / "clean.npz")}
+        given |= {"data.test": str(stranger / "test.npz"), "verify.trigger": str(stranger / "trigger.npz")}
+        config.update_from_flattened_dict(QUICK | given | (changes or {}))
+        return config.to_dict()
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def finished(settings, tmp_path_factory):
+    """(folder, record) of a run done to the end."""
+    folder = tmp_path_factory.mktemp("runs") / "own"
+    return folder, experiment.run(settings(), str(folder), "python -m bibau_jax.main")
+
+
+def test_the_scan_names_the_attackers_class_and_purification_takes_its_trigger_away(finished):
+    _, record = finished
+    before, after, tuned = (record.metrics[name] for name in ("backdoored", "purified", "finetuned"))
+    assert before.extra["scan"]["suspected"] == 0 and before.extra["scan"]["flagged"] == [0]
+    assert before.asr.percent > 90 and after.asr.percent < 20 and after.asr.percent < tuned.asr.percent
+    assert after.ca.percent > 60  # of 160 images to purify with
+    assert before.extra["stand_in_asr"] > 80 > after.extra["stand_in_asr"]
+    for name in ("r_asr", "q_asr", "stand_in_r_asr", "stand_in_q_asr"):
+        assert 0 <= after.extra[name] <= 100 and name not in before.extra
+    assert "scan" in after.extra and "scan" not in tuned.extra
+
+
+def test_what_is_given_back_has_the_names_layouts_and_types_that_came(finished, stranger):
+    folder, record = finished
+    came, back = torch_file.read(stranger / "suspect.pth"), torch_file.read(folder / "export" / "suspect_purified.safetensors")
+    assert back.prefix == came.prefix == "module." and set(back.arrays) == set(came.arrays)
+    for name, array in came.arrays.items():
+        assert back.arrays[name].dtype == array.dtype and back.arrays[name].shape == array.shape
+        assert (back.arrays[name] == array).all() == name.endswith("num_batches_tracked"), name
+    digest = hashlib.sha256((folder / "export" / "suspect_purified.safetensors").read_bytes()).hexdigest()
+    card = (folder / "export" / "suspect_purified.md").read_text()
+    assert digest in card and record.metrics["backdoored"].extra["sha256"] in card and "strict=True" in card
+
+
+def test_the_purified_file_is_a_model_like_any_other(finished, settings, tmp_path):
+    folder, record = finished
+    path = folder / "export" / "suspect_purified.safetensors"
+    again = experiment.run(settings({"model.weights": str(path), "scan.epochs": 2, "stages": "scan"}), str(tmp_path / "again"))
+    assert again.metrics["backdoored"].ca == record.metrics["purified"].ca
+
+
+def test_the_page_tells_verdict_evidence_and_what_is_not_known(finished):
+    folder, _ = finished
+    page = (folder / "report.html").read_text()
+    assert "Suspicious: a patch of about" in page and "What is not known" in page and page.count("data:image/png") >= 12
+    assert not re.search(r"\b(None|nan)\b", re.sub(r'"data:[^"]*"', "", page))
+
+
+def test_a_second_start_finds_everything_done(finished, settings):
+    folder, record = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    assert experiment.run(settings(), str(folder), record.command).metrics == record.metrics
+    changed = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
+    assert changed <= {"record.json", "report.html", "suspect_purified.md"}
+
+
+def test_another_file_in_its_place_is_refused(finished, settings, backdoored, stranger):
+    folder, _ = finished
+    other = stranger / "other.pth"
+    arrays = pytorch_names(backdoored.variables)
+    export.write(other, arrays | {"module.linear.bias": arrays["module.linear.bias"] + 1})
+    with pytest.raises(UserError, match="of another config|not the file"):
+        experiment.run(settings({"model.weights": str(other)}), str(folder))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model.weights": "nowhere.pth"}, "nowhere.pth: No such file"),
+        ({"data.folder": ""}, "which images"),
+        ({"data.folder": "nowhere"}, "nowhere does not exist"),
+        ({"defense.beside": "ibu"}, "ibu sees the trigger"),
+        ({"defense.beside": "ep"}, "ep sees the trigger"),
+        ({"model.name": "vgg19_bn"}, "vgg19_bn"),
+        ({"model.normalisation": "zscore"}, 'model.normalisation "zscore" is unknown'),
+        ({"verify.target_label": 10}, "target label 10 is outside"),
+        ({"verify.trigger": "nowhere.npz"}, "holds no trigger"),
+        ({"export.format": "onnx"}, 'export.format "onnx" is unknown'),
+        ({"scan.enough": 0.0}, "enough within 0..1"),
+        ({"data.held_out": 1.0}, "data.held_out must lie between 0 and 1"),
+        ({"defense.max_loss": -1.0}, "max_loss must not be negative"),
+        ({"stages": "scan,verify,bless"}, 'unknown stage "bless"'),
+    ],
+)
+def test_what_is_wrong_is_one_line_before_anything_is_written(changes, message, settings, tmp_path):
+    with pytest.raises(UserError, match=message) as error:
+        experiment.run(settings(changes), str(tmp_path / "run"))
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_weights_that_only_guess_are_refused(settings, backdoored, stranger, tmp_path):
+    labels = (backdoored.clean.labels + 3) % 10
+    np.savez(tmp_path / "shifted.npz", images=backdoored.clean.images, labels=labels)
+    with pytest.raises(UserError, match="hardly more than guessing"):
+        experiment.run(settings({"data.folder": str(tmp_path / "shifted.npz")}), str(tmp_path / "run"))
+
+
+def test_nothing_is_exported_over_the_file_that_came(settings, stranger, tmp_path):
+    came = (stranger / "suspect.pth").read_bytes()
+    given = {"export.path": str(stranger / "suspect.pth"), "export.format": "pth"}
+    with pytest.raises(UserError, match="nothing is ever written over it"):
+        experiment.run(settings(given), str(tmp_path / "run"))
+    assert (stranger / "suspect.pth").read_bytes() == came
+
+
+def test_stages_of_a_strangers_model_need_its_file(tiny_config, tmp_path):
+    for stage in ("verify", "export"):
+        with pytest.raises(UserError, match="--config.model.weights"):
+            experiment.run(tiny_config(stages=stage), str(tmp_path / stage))
+
+
+def test_a_class_without_a_trigger_is_never_flagged():
+    sizes = np.array([30.0, 31.0, 29.0, np.inf, 30.5])
+    triggers = scan.inversion.Triggers(np.zeros((5, 2, 2, 1)), np.zeros((5, 2, 2, 1)), sizes, np.zeros(5))
+    found = scan.judged(triggers)
+    assert found.told["sizes"][3] == -1 and found.told["indices"][3] == 0 and found.suspected != 3 and not found.flagged
+
+
+@pytest.mark.parametrize(
+    "sizes, flagged",
+    [
+        ([30.0, 31.0, 29.0, 30.5, 2.0], (4,)),
+        ([2.1, 56.8, 42.5, 30.0, 20.5, 24.5, 45.0, 32.0, 14.1, 18.1], (0,)),  # the index of the sizes as they are is 1.5
+        ([30.0, 30.1, 29.9, 30.2, 28.0], ()),  # 13 deviations below, and hardly smaller
+        ([30.0, 60.0, 29.0, 31.0, 90.0], ()),
+    ],
+)
+def test_a_class_is_flagged_where_its_trigger_is_smaller_by_a_factor_and_out_of_the_others_spread(sizes, flagged):
+    triggers = scan.inversion.Triggers(*[np.zeros((len(sizes), 2, 2, 1))] * 2, np.array(sizes), np.zeros(len(sizes)))
+    assert scan.judged(triggers).flagged == flagged
+
+
+def test_the_interval_of_a_rate_is_wilsons():
+    # p = 0.9, n = 100: (0.8256, 0.9448) in Brown, Cai and DasGupta's form of it
+    low, high = records.Rate(90, 100).interval
+    assert abs(low - 82.56) < 0.01 and abs(high - 94.48) < 0.01
+    assert records.Rate(0, 10).interval[0] == pytest.approx(0, abs=1e-9)
