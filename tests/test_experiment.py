@@ -560,6 +560,16 @@ def test_a_poison_ratio_left_to_the_attack_is_that_of_its_section_and_is_told(na
     assert experiment.settled(tiny_config({"attack.name": name, "attack.poison_ratio": 0.2}))["attack"]["poison_ratio"] == 0.2
 
 
+def test_sizes_left_open_are_the_networks_own_and_are_told():
+    config = importlib.import_module("configs.base").get_config()
+    sizes = {"resnet18": (64, (2, 2, 2, 2)), "vgg19_bn": (64, (2, 2, 4, 4, 4)), "vit_b_32": (768, (12,))}
+    for config.model.name, size in sizes.items():
+        section = experiment.settled(config.to_dict())["model"]
+        assert (section["width"], section["stages"]) == size
+    config.model.stages = (1, 1)
+    assert experiment.settled(config.to_dict())["model"]["stages"] == (1, 1)
+
+
 def test_a_share_of_the_class_is_told_in_the_place_of_a_ratio(tiny_config, tmp_path):
     config = tiny_config({"attack.name": "sig", "attack.poison_ratio": 0.0, "attack.sig.class_share": 0.5}, stages="implant")
     record = experiment.run(config, str(tmp_path / "run"))

@@ -91,6 +91,12 @@ def done(finished, tmp_path):
         ({"checkpoint_every": 0}, "checkpoint_every must be at least 1, data.padding at least 0"),
         ({"model.stages": ("x",)}, "model.stages takes whole numbers, not ('x',)"),
         ({"model.mean": (0.3, 0.3, 0.3)}, "model.mean and model.std need 1 values, one a channel of digits"),
+        (
+            {"model.name": "vgg19_bn", "model.stages": (1,) * 5},
+            "a VGG of 5 stages halves images as often: 16x16 pixels are too ",
+        ),
+        ({"model.patch": 4}, "model.patch is no setting of resnet18; it has width, stages, mean, std, dtype"),
+        ({"model.file": "my_net.py"}, "model.file=my_net.py: there is no such file"),
         ({"model.width": 0}, "model.width and every entry of model.stages must be at least 1"),
         ({"implant.epochs": 0}, "implant.epochs and implant.batch_size must be at least 1"),
         ({"defense.learning_rate": 0.0}, "defense.learning_rate must be positive"),

@@ -10,6 +10,7 @@ import pytest
 
 from bibau_jax import keys, models
 from bibau_jax.errors import UserError
+from configs import base
 from tests import regenerate
 
 RESNET18 = {"num_classes": 10, "image_shape": (32, 32, 3)}
@@ -127,10 +128,17 @@ def test_the_same_key_gives_the_same_parameters_and_another_key_others(network, 
     assert not np.array_equal(other["params"]["conv1"]["kernel"], again["params"]["conv1"]["kernel"])
 
 
+def test_every_option_of_a_network_is_one_of_the_configs():
+    section = base.get_config().model.to_dict().keys() | {"dtype"}
+    assert all(models.options(name).keys() <= section for name in models.names())
+    with pytest.raises(UserError, match="model.patch is no setting of resnet18; it has width, stages, mean, std, dtype"):
+        models.build("resnet18", **RESNET18, patch=4)
+
+
 def test_an_unknown_network_or_an_empty_stage_is_refused():
     with pytest.raises(UserError, match='unknown model "resnet19"; known: .*resnet18'):
         models.build("resnet19", **RESNET18)
     assert "resnet18" in models.names()
-    for wrong in ({"width": 0}, {"stages": (2, 0)}):
+    for wrong in ({"width": 0}, {"stages": (2, 0)}, {"stages": ()}):
         with pytest.raises(UserError, match="model.width and every entry of model.stages must be at least 1"):
             models.build("resnet18", **RESNET18, **wrong)

@@ -169,7 +169,8 @@ def test_settings_of_other_networks_are_refused_beside_a_file(tiny_config, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "models").exists(), reason="models of others are not at hand")
-@pytest.mark.parametrize("name, accuracy, success", [("cifar10", 84.46, 97.74), ("gtsrb", 98.4, 99.0)])
+# GTSRB: 98.4 was measured on signs cut out of the original pictures; those at hand were shrunk first. PyTorch says 97.9 too.
+@pytest.mark.parametrize("name, accuracy, success", [("cifar10", 84.46, 97.74), ("gtsrb", 97.9, 99.0)])
 def test_the_authors_models_have_their_stated_accuracy_and_success(name, accuracy, success, monkeypatch):
     monkeypatch.syspath_prepend(str(SHARED))
     monkeypatch.delitem(sys.modules, "load_data", raising=False)
@@ -178,7 +179,7 @@ def test_the_authors_models_have_their_stated_accuracy_and_success(name, accurac
     data = load_mosaic(name, splits=("test",))
     images, labels = data["test_images"], data["test_labels"].astype(np.int32)
     if name == "gtsrb":
-        images, labels = gtsrb_roi_crop(images, data["test_roi"])[:3000], labels[:3000]
+        images = gtsrb_roi_crop(images, data["test_roi"])
     network, stem = own_file.load(str(SMALL_VGG)), f"ibau_{name}_badnets"
     classifier = network.build(**CIFAR | {"num_classes": labels.max() + 1})
     variables = imported(network, classifier, torch_file.read(SHARED / "models" / f"{stem}.pth").arrays).variables

@@ -15,6 +15,7 @@ from bibau_jax.models import Classifier
 
 SIDE = 224  # of the images that a network is tried with: its parameters depend on their channels alone
 SHOWN = 6  # keys of a file that an error tells
+OWN = "a network of your own is named by --config.model.file"
 
 Shapes = dict[str, tuple[int, ...]]  # of the arrays, by our paths
 
@@ -104,8 +105,8 @@ def guess(arrays: dict[str, np.ndarray]) -> Architecture:
         raise UserError(f"the weights are those of {' or of '.join(fitting)}, which have the same names and shapes: name one")
     if problems:
         name = min(problems, key=lambda name: len("".join(problems[name])))
-        raise UserError(f"the weights look like those of {name}, but do not fit it: {'; '.join(problems[name])}")
-    raise UserError(f"the weights are of no network that is known ({', '.join(NETWORKS)}); {_keys(arrays)}")
+        raise UserError(f"the weights look like those of {name}, but do not fit it: {'; '.join(problems[name])}; {OWN}")
+    raise UserError(f"the weights are of no network that is known ({', '.join(NETWORKS)}); {_keys(arrays)}; {OWN}")
 
 
 def by_name(name: str, arrays: dict[str, np.ndarray]) -> Architecture:
@@ -137,8 +138,10 @@ def _read(name: str, arrays: dict[str, np.ndarray]) -> Architecture | None:
     network = NETWORKS[name]
     try:
         shapes = _shapes(arrays, network.table)
-        sizes = {"num_classes": shapes["params/head/kernel"][-1]} | network.sizes(shapes)
-        return Architecture(name, sizes, network.table, shapes[network.first][-2])
+        # A head that is missing, or sizes of zero, are told where the network is tried: it is built with one instead.
+        classes, channels = shapes.get("params/head/kernel", (1,))[-1], shapes[network.first][-2]
+        sizes = {"num_classes": max(1, classes)} | network.sizes(shapes)
+        return Architecture(name, sizes, network.table, max(1, channels))
     except (KeyError, ValueError, IndexError):  # an array that is not there, or has other axes
         return None
 
@@ -163,4 +166,4 @@ def _plain(channels: int) -> dict:
 
 def _keys(arrays) -> str:
     more = ", ..." if len(arrays) > SHOWN else ""
-    return f"the file has {', '.join(name[:60] for name in list(arrays)[:SHOWN])}{more}; see --config.model.file for your own"
+    return f"the file has {', '.join(name[:60] for name in list(arrays)[:SHOWN])}{more}"
