@@ -1,4 +1,4 @@
-"""Any data set at the size of a minute on two cores: to see that it loads and that everything runs, not what it is worth.
+"""Any data set at the size of a minute or two on two cores: to see that everything runs, not what it is worth.
 
 python -m bibau_jax.main --config=configs/toy.py:gtsrb --workdir=runs/toy_gtsrb --config.attack.name=blended
 """
