@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bibau_jax import models, train
+from bibau_jax import train
 from bibau_jax.data import ImageSet
 from bibau_jax.errors import UserError
 from bibau_jax.importers import architectures, rules, torch_file
@@ -87,7 +87,7 @@ def bring(
             "classes in the order of the network's outputs, and is the scale of its pixels known (model.normalisation)?"
         )
     told = {
-        "file": str(weights.absolute()),
+        "file": str(weights),
         "sha256": torch_file.sha256(weights),
         "format": checkpoint.format,
         "container": checkpoint.container,
@@ -114,7 +114,8 @@ def _network(arrays, name: str, file: str, num_classes: int) -> _Network:
         own = own_file.load(file)
         return _Network(partial(own.build, num_classes=num_classes), own.table, Path(file).name)
     found = architectures.by_name(name, arrays) if name else architectures.guess(arrays)
-    return _Network(partial(models.build, found.name, **found.options), found.table, found.name)
+    given = partial(architectures.classifier, found, num_classes=found.options["num_classes"])
+    return _Network(given, found.table, found.name)
 
 
 def _names(weights, count: int, names: tuple[str, ...]) -> tuple[str, ...]:
