@@ -50,6 +50,8 @@ def settled(config: dict) -> dict:
 def _with_sizes(section: dict) -> dict:
     if section["file"]:
         return section | {"name": Path(section["file"]).stem}
+    if section["weights"]:
+        return section  # it is the file that tells
     own = models.options(section["name"])
     return section | {name: own[name] for name in ("width", "stages") if section[name] is None}
 

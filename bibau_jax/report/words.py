@@ -41,7 +41,7 @@ DATASETS = {"own": "Own images", "cifar10": "CIFAR-10", "gtsrb": "GTSRB", "tiny_
 # Further measurements that tables show; records hold more.
 MEASURES = {"r_asr": "R-ASR", "q_asr": "Q-ASR", "u_asr": "U-ASR", "s_asr": "S-ASR", "bec": "BEC"}
 REACTIVATION = ("r_asr", "q_asr")
-NETWORKS = {"resnet18": "ResNet-18", "vgg19_bn": "VGG19", "vit_b_32": "ViT-B/32"}
+NETWORKS = {"resnet18": "ResNet-18", "vgg19": "VGG19", "vit_b_32": "ViT-B/32"}
 NOTHING = "–"
 
 

@@ -30,6 +30,9 @@ def run(this: Run, command: str) -> None:
             raise UserError(f'the model "{row}" has no measurements yet; run the stage "evaluate" first')
     if "clean" not in models and (lost := [check for check in asked if CHECKS[check].twin]):
         progress.say(f"reactivate: without {', '.join(lost)}, for want of a clean twin", show=parallel.is_lead())
+    if "linearity" in asked and not this.classifier.norms:
+        progress.say("reactivate: without linearity, for want of norms behind convolutions", show=parallel.is_lead())
+        asked.remove("linearity")
     told = _shared(this, command, models, told)
     missing = [
         (row, check)

@@ -32,11 +32,8 @@ def _gradient(classifier, variables, pixels, labels):
 
 
 def _kernels(classifier: Classifier, grads) -> np.ndarray:
-    """The gradients of all convolutions' kernels but the shortcuts', one after the other."""
-    found = []
-    for path in classifier.main_path:
-        found.append(np.asarray(at(grads, path.conv)["kernel"], np.float64).ravel())
-    return np.concatenate(found)
+    """The gradients of the kernels of all layers that models are compared in, shortcuts being none, one after the other."""
+    return np.concatenate([np.asarray(at(grads, path)["kernel"], np.float64).ravel() for path in classifier.compared])
 
 
 def angle(one: np.ndarray, other: np.ndarray) -> float:
