@@ -125,11 +125,11 @@ def get_config() -> ConfigDict:
     config.implant.momentum = 0.9
     config.implant.weight_decay = 5e-4
 
-    config.scan = ConfigDict({"images": 500, "epochs": 80, "batch_size": 64})  # clean images, passes over them
+    config.scan = ConfigDict({"images": 160, "epochs": 30, "batch_size": 16})  # clean images, passes over them
     config.scan.learning_rate = 0.1
-    config.scan.enough = 0.99  # share of images that a trigger must send to its class
-    config.scan.patience = 5  # epochs before the mask's weight changes
-    config.scan.stop_after = 25  # epochs without a smaller mask
+    config.scan.enough = 0.95  # share of images that a trigger must send to its class
+    config.scan.patience = 3  # epochs before the mask's weight changes
+    config.scan.stop_after = 10  # epochs without a smaller mask
     config.scan.limit = 2.0  # of the anomaly index
     config.scan.share = 0.5  # of the median's size that a suspicious trigger may have at most
 

@@ -28,5 +28,4 @@ def get_config():
     config.defense.pgd.epsilon = 50.0
     config.reactivate.checks = ""
     config.reactivate.retuning.poisoned = 5  # the most that the paper gives any attack
-    config.scan.epochs = 40
     return config

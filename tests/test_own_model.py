@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from bibau_jax import experiment, records
+from bibau_jax import experiment, own, records
 from bibau_jax.errors import UserError
 from bibau_jax.importers import export, torch_file
 from bibau_jax.stages import scan
@@ -225,3 +225,14 @@ def test_the_interval_of_a_rate_is_wilsons():
     low, high = records.Rate(90, 100).interval
     assert abs(low - 82.56) < 0.01 and abs(high - 94.48) < 0.01
     assert records.Rate(0, 10).interval[0] == pytest.approx(0, abs=1e-9)
+
+
+def test_five_lines_of_python_do_the_same_as_the_command(finished, settings, stranger):
+    folder, record = finished
+    given = QUICK | {"data.test": str(stranger / "test.npz"), "verify.trigger": str(stranger / "trigger.npz")}
+    model = own.bring_in(stranger / "suspect.pth", stranger / "clean.npz", workdir=folder, **given)
+    assert model.scan() == record.metrics["backdoored"].extra["scan"]
+    assert model.purify().metrics == record.metrics
+    assert model.export() == folder / "export" / "suspect_purified.safetensors" and "Suspicious" in model.verdict
+    with pytest.raises(UserError, match="unknown setting"):
+        own.bring_in("x.pth", "clean", workdir="runs", **{"scan.colour": 1})

@@ -53,7 +53,7 @@ def scan(
     journal: train.Journal = train.Journal(),
     **search,
 ) -> Scan:
-    """Inverts a trigger for every class on up to `images` of the clean ones, as many of each class; `search`: see `invert`.
+    """Inverts a trigger for every class on `images` of the clean ones, at least one of each class; `search`: see `invert`.
 
     A class is flagged where its index is above `limit` (the paper: 2) and its trigger at most `share` of the median's size:
     where all classes are nearly alike, a little less than the others says nothing. UserError for fewer than three classes,
@@ -61,7 +61,8 @@ def scan(
     """
     if classifier.num_classes < 3:
         raise UserError("a scan compares classes with each other, and needs at least three of them")
-    chosen = clean.take(splits.class_balanced(clean.labels, min(images, len(clean))))
+    count = min(max(images, classifier.num_classes), len(clean))
+    chosen = clean.take(splits.class_balanced(clean.labels, count))
     triggers, _ = inversion.invert(key, classifier, variables, chosen, journal=journal, **search)
     return judged(triggers, limit=limit, share=share)
 
