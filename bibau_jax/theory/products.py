@@ -80,8 +80,8 @@ def solve(
 ) -> Solution:
     """a of (J J^T + ridge) a = residual [N, classes], by conjugate gradients; one `product` a step.
 
-    Ends where what is left is below `tolerance`, or after `steps`; look at `Solution.residual`. Without a ridge, float32 products
-    carry it to about 1e-4.
+    Ends where what is left is below `tolerance`, or after `steps`; look at `Solution.residual`. Float32 products carry it to
+    about 1e-4 where there is no ridge.
     """
     goal = np.asarray(residual, np.float64)
     found, left = np.zeros_like(goal), goal.copy()
