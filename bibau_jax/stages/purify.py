@@ -17,23 +17,10 @@ def run(this: Run, command: str) -> None:
         stage = f"purify/{row}"
         if is_done(this, stage, command):
             continue
-        options = this.options(row)
-        if defenses.is_ideal(row):
-            options["triggered"] = _triggered(this)
-        if defenses.is_informed(row):
-            options["poisoned"] = _poisoned(this)
         clock = train.Clock(this.config["defense"]["max_seconds"])
         try:
             with cost.measure() as spent:
-                purified = defenses.get(row).purify(
-                    keys.stream(this.key, "purify"),  # every defence sees the same batches
-                    this.classifier,
-                    variables,
-                    this.splits.clean,
-                    held_out=this.splits.validation,
-                    journal=dataclasses.replace(this.journal(stage), clock=clock),
-                    **options,
-                )
+                purified = apply(this, row, variables, dataclasses.replace(this.journal(stage), clock=clock))
         except NotApplicable as reason:
             if row == this.config["defense"]["name"]:
                 raise
@@ -43,6 +30,18 @@ def run(this: Run, command: str) -> None:
             if arrays is not None:
                 write_arrays(this.folder / stage / f"{name}.npz", arrays)
         finish(this, stage, {"variables": purified.variables}, purified.history, spent, command, told=purified.told)
+
+
+def apply(this: Run, row: str, variables, journal: train.Journal) -> defenses.Purified:
+    """What a defence makes of the backdoored model with this run's data and settings, its traces left to `journal`."""
+    options = this.options(row)
+    if defenses.is_ideal(row):
+        options["triggered"] = _triggered(this)
+    if defenses.is_informed(row):
+        options["poisoned"] = _poisoned(this)
+    key = keys.stream(this.key, "purify")  # every defence sees the same batches
+    given = (key, this.classifier, variables, this.splits.clean)
+    return defenses.get(row).purify(*given, held_out=this.splits.validation, journal=journal, **options)
 
 
 def _poisoned(this: Run) -> ImageSet:
