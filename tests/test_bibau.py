@@ -11,7 +11,7 @@ import pytest
 from bibau_jax import keys, train
 from bibau_jax.data import ImageSet
 from bibau_jax.defenses import bibau
-from bibau_jax.method import ewc, terms, settings
+from bibau_jax.method import ewc, settings, terms
 from tests import regenerate
 
 L2 = bibau.Perturbation("l2", 200.0, 60.0, 2)

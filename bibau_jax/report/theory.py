@@ -74,3 +74,71 @@ def _plane(axis, tilt: float) -> None:
         axis.text(0.06, 0.93, "fine-tuning stays here", color=UNLEARNINGS["clean"][1])
     axis.set(xlim=(-0.8, 1.0), ylim=(-0.22, 1.15), xticks=[], yticks=[], aspect="equal")
     axis.set(xlabel="weights: clean feature", ylabel="weights: trigger’s own direction")
+
+
+def widths(found: dict, path: Path) -> Path:
+    """How far networks are from their linearisation, by width, and their drifts beside the predicted ones."""
+    plt = plotting()
+    runs = found["runs"]
+    sizes = sorted({run["width"] for run in runs})
+    figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.6), layout="constrained")
+    for name, label, tone in (
+        ("clean", "clean task", CLEAN),
+        ("backdoor", "then the backdoor", BACKDOOR),
+        ("unlearning", "then unlearning", UNLEARNING),
+    ):
+        for gap, style in (("gap_seen", "-"), ("gap_unseen", ":")):
+            means = [np.mean([run["tasks"][name][gap] for run in runs if run["width"] == size]) for size in sizes]
+            axes[0].plot(sizes, means, color=tone, linestyle=style, marker="o", label=label if style == "-" else None)
+    axes[0].set(xscale="log", yscale="log", xlabel="width of the first stage", ylabel="|f − f_lin| / |f_lin − f₀|")
+    axes[0].set_xticks(sizes, map(str, sizes))
+    axes[0].minorticks_off()
+    axes[0].set_title("Distance from the linearisation", loc="left")
+    axes[0].legend(frameon=False, title="after the … (dotted: unseen images)")
+    shown = (("backdoor", "unseen_clean", "clean, after the backdoor", CLEAN, "o"),)
+    shown += (("backdoor", "unseen_triggered", "triggered, after the backdoor", BACKDOOR, "o"),)
+    shown += (("unlearning", "unseen_clean", "clean, after unlearning", CLEAN, "^"),)
+    shown += (("unlearning", "unseen_triggered", "triggered, after unlearning", UNLEARNING, "^"),)
+    for task, kind, label, tone, mark in shown:
+        pairs = np.array([[*run["tasks"][task]["drift"][kind], run["width"]] for run in runs])
+        areas = 12 + 90 * np.log2(pairs[:, 2] / min(sizes) + 1) / np.log2(max(sizes) / min(sizes) + 1)
+        axes[1].scatter(pairs[:, 1], pairs[:, 0], s=areas, color=tone, marker=mark, alpha=0.65, linewidths=0, label=label)
+    axes[1].plot([1e-9, 1e9], [1e-9, 1e9], color=INK, linewidth=0.8)
+    axes[1].set(xscale="log", yscale="log", xlabel="predicted mean squared drift", ylabel="measured mean squared drift")
+    values = [v for run in runs for task, kind, *_ in shown for v in run["tasks"][task]["drift"][kind]]
+    axes[1].set(xlim=(min(values) / 2, max(values) * 2), ylim=(min(values) / 2, max(values) * 2))
+    axes[1].set_title("Drift of unseen images (larger marks: wider networks)", loc="left", fontsize=10)
+    axes[1].legend(frameon=False, fontsize=9)
+    for axis in axes:
+        axis.grid(alpha=0.25)
+    return save(figure, path)
+
+
+STREAMS = {
+    "together": "Together",
+    "backdoor_first": "Backdoor task, then clean task",
+    "clean_first": "Clean task, then backdoor task",
+}
+
+
+def task_stream(found: dict, path: Path) -> Path:
+    """Clean accuracy and ASR by epoch in the three orders of learning (Fig. 6), the change of task marked."""
+    figure, axes = plotting().subplots(1, 3, figsize=(11.5, 3.8), sharey=True, layout="constrained")
+    for axis, (name, title) in zip(axes, STREAMS.items(), strict=True):
+        entries = found[name]
+        epochs = [entry["epoch"] for entry in entries]
+        for metric, label, tone in (("ca", "clean accuracy", CLEAN), ("asr", "attack success rate", BACKDOOR)):
+            axis.plot(epochs, [entry[metric] for entry in entries], color=tone, label=label, linewidth=1.8)
+        pairs = zip(entries, entries[1:], strict=False)
+        change = next((one["epoch"] + 0.5 for one, other in pairs if one["task"] != other["task"]), None)
+        if change:
+            axis.axvline(change, color=INK, linestyle=":", linewidth=1)
+            where = {"transform": axis.get_xaxis_transform(), "color": INK, "fontsize": 9, "va": "top"}
+            axis.text((epochs[0] + change) / 2, 0.6, entries[0]["task"], ha="center", **where)
+            axis.text((change + epochs[-1]) / 2, 0.6, entries[-1]["task"], ha="center", **where)
+        axis.set(xlabel="epoch", ylim=(-3, 103), xlim=(epochs[0], epochs[-1]))
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.grid(alpha=0.25)
+    axes[0].set(ylabel="%")
+    axes[0].legend(frameon=False, loc="center right")
+    return save(figure, path)

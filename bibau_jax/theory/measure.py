@@ -3,11 +3,12 @@
 python -m bibau_jax.theory.measure runs/reactivation_cpu/badnets_0 runs/reactivation_cpu/badnets_1 --out=results/theory/runs
 
 A run keeps its models but not the states that a purification passed. So every defence is run again on the run's backdoored
-model with the run's data, settings and keys, and a journal that keeps a state several times an epoch. They lie below `--states`;
+model with the run's data, settings and keys, and a journal that keeps a state several times an epoch, in the folder `--states`;
 a second start finds them there. Runs are only read. `<out>/<run>.json` is written for each.
 """
 
 import argparse
+import runpy
 import shlex
 import sys
 from pathlib import Path
@@ -31,12 +32,11 @@ LAMBDAS = ("lambda_kd", "lambda_prior", "lambda_ewc", "lambda_iewc")
 CONSTANTS = ("alpha", "temperature", "eta", "prior_form", "iewc_cap", "iewc_form")
 
 
-def of_run(folder: Path, rows: list[str], states: Path, *, images: int, tangents: int) -> dict:
+def of_run(this: Run, rows: list[str], states: Path, *, images: int, tangents: int) -> dict:
     """Everything that is measured of one run, as JSON-able numbers.
 
     `images` of each kind give gradients, drifts and adversarial images; `tangents` of each kind the tangent kernels.
     """
-    this = Run(read_config(folder), folder)
     scene = scene_of(this, {"none": "implant", "clean": "clean"})
     clean, triggered = test_pairs(scene, images)
     towards = trajectory.directions(this.classifier, scene.models["clean"], scene.models["none"], clean, triggered)
@@ -49,11 +49,19 @@ def of_run(folder: Path, rows: list[str], states: Path, *, images: int, tangents
         "implanted_to_clean": trajectory.angles(towards.implanted, towards).to_clean,
     }
     for name in ("none", "clean"):
-        progress.say(f"{folder.name}: tangents of {name}", show=parallel.is_lead())
+        progress.say(f"{this.folder.name}: tangents of {name}", show=parallel.is_lead())
         found["tangent_overlap"][name] = tangent_overlaps(scene, name, tangents)
         found["models"][name] = _rates(scene, scene.models[name])
-    found["defenses"] = {row: of_defense(scene, row, states / folder.name / row, clean, triggered, towards) for row in rows}
+    found["defenses"] = {
+        row: of_defense(scene, row, states / this.folder.name / row, clean, triggered, towards) for row in rows
+    }
     return found
+
+
+def completed(config: dict, defaults: dict) -> dict:
+    """A nested config with the fields that it lacks, of a run that an earlier version made, from `defaults`."""
+    sections = {name: value for name, value in config.items() if isinstance(value, dict) and name in defaults}
+    return defaults | config | {name: completed(value, defaults[name]) for name, value in sections.items()}
 
 
 def tangent_overlaps(scene: Scene, name: str, count: int) -> dict:
@@ -189,19 +197,22 @@ def main(arguments=None) -> None:
     parser.add_argument("--defenses", default="ft,base_at,bibau_u,ibu", help="to run again, comma-separated")
     parser.add_argument("--images", type=int, default=500, help="of each kind, for gradients and drifts")
     parser.add_argument("--tangents", type=int, default=40, help="of each kind, for tangent kernels")
+    parser.add_argument("--defaults", type=Path, default=Path("configs/base.py"), help="settings that older runs lack")
     given = parser.parse_args(arguments)
     command = shlex.join(["python", "-m", "bibau_jax.theory.measure", *(sys.argv[1:] if arguments is None else arguments)])
     rows = [row.strip() for row in given.defenses.split(",")]
     parallel.keep_compiled()
     try:
+        defaults = runpy.run_path(str(given.defaults))["get_config"]().to_dict()
         for folder in given.runs:
             sizes = {"images": given.images, "tangents": given.tangents}
-            found = of_run(folder.absolute(), rows, given.states.absolute(), **sizes)
+            this = Run(completed(read_config(folder), defaults), folder.absolute())
+            found = of_run(this, rows, given.states.absolute(), **sizes)
             path = given.out / f"{folder.name}.json"
             if parallel.is_lead():
                 records.write_study(path, "unlearning", command, sizes | {"defenses": rows}, found)
                 print(path)
-    except UserError as error:
+    except (UserError, OSError) as error:
         fail(error)
 
 
