@@ -56,8 +56,8 @@ def test_a_first_phase_as_long_as_everything_is_refused(told):
 @pytest.fixture
 def config():
     made = importlib.import_module("configs.theory.task_stream").get_config("digits")
-    made.update_from_flattened_dict(SMALL | {"data.train_size": 400, "model.width": 8})
-    made.stream.update(epochs=8, first_epochs=3, batch_size=40, learning_rate=0.1)
+    made.update_from_flattened_dict(SMALL | {"data.train_size": 500, "model.width": 8, "reactivate.test_size": 200})
+    made.stream.update(epochs=8, first_epochs=3, batch_size=16, clean_share=0.2)
     return made.to_dict()
 
 

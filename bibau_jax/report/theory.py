@@ -1,9 +1,16 @@
-"""Pictures of the theory's studies, from their records."""
+"""Pictures of the theory's studies, from their records.
 
+python -m bibau_jax.report.theory results/theory
+"""
+
+import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
 
+from bibau_jax import records
+from bibau_jax.errors import UserError
 from bibau_jax.report.pictures import plotting, save
 
 INK, CLEAN, BACKDOOR, UNLEARNING = "#1c1d1f", "#00477a", "#c24e00", "#00785a"
@@ -93,6 +100,7 @@ def widths(found: dict, path: Path) -> Path:
     axes[0].set(xscale="log", yscale="log", xlabel="width of the first stage", ylabel="|f − f_lin| / |f_lin − f₀|")
     axes[0].set_xticks(sizes, map(str, sizes))
     axes[0].minorticks_off()
+    axes[0].set_yticks([0.03, 0.1, 0.3, 1.0], ["0.03", "0.1", "0.3", "1"])
     axes[0].set_title("Distance from the linearisation", loc="left")
     axes[0].legend(frameon=False, title="after the … (dotted: unseen images)")
     shown = (("backdoor", "unseen_clean", "clean, after the backdoor", CLEAN, "o"),)
@@ -142,3 +150,27 @@ def task_stream(found: dict, path: Path) -> Path:
     axes[0].set(ylabel="%")
     axes[0].legend(frameon=False, loc="center right")
     return save(figure, path)
+
+
+DRAWN = {"three_tasks": three_tasks, "widths": widths, "task_stream": task_stream}
+
+
+def main(arguments=None) -> int:
+    """The command line: draws every study that lies in a folder, beside its record."""
+    parser = argparse.ArgumentParser(prog="python -m bibau_jax.report.theory", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="folder with the records of studies")
+    folder = parser.parse_args(arguments).folder
+    try:
+        told = {path: study for path in sorted(folder.glob("*.json")) if (study := records.read_study(path)).kind in DRAWN}
+        if not told:
+            raise UserError(f"{folder} holds no record of a study")
+        for path, study in told.items():
+            print(DRAWN[study.kind](study.found, path.with_suffix(".png")))
+    except (UserError, OSError) as error:
+        print(f"bibau_jax: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -17,7 +17,7 @@ from bibau_jax import attacks, data, keys, models, parallel, progress, records, 
 from bibau_jax.errors import UserError
 from bibau_jax.theory import drift, flow, linearize, ntk, path
 
-WIDTHS = (8, 32, 128)
+WIDTHS = (4, 16, 64)
 NETWORK = {"num_classes": 10, "image_shape": (16, 16, 1), "mean": (0.305,), "std": (0.376,), "stages": (1,)}
 TASKS = ("clean", "backdoor", "unlearning")
 
