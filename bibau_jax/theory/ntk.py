@@ -55,8 +55,7 @@ def kernel(
     with progress.bar(steps, "tangent kernel", unit="block", show=show and parallel.is_lead()) as bar:
         for end in ends:
             of_span = _rows(classifier.in_float32(), end - columns, min(end, sum(sizes)), chunk, parallel.mesh())
-            jacobians = [_jacobian(of_span, given, part, chunk, bar) for part in parts]
-            total += jacobians[0] @ jacobians[-1].T
+            total += _contracted(of_span, given, parts, chunk, bar)
     return total
 
 
@@ -79,6 +78,12 @@ def _columns(parameters: int, rows: list[int], symmetric: bool, gigabytes: float
 
 def _starts(images: np.ndarray, chunk: int) -> range:
     return range(0, len(images), parallel.padded(min(BLOCK, len(images)), chunk))
+
+
+def _contracted(of_span: Callable, given, parts: list[np.ndarray], chunk: int, bar) -> np.ndarray:
+    """One span's share of the kernel; its Jacobians are gone before the next span's are made."""
+    jacobians = [_jacobian(of_span, given, part, chunk, bar) for part in parts]
+    return jacobians[0] @ jacobians[-1].T
 
 
 def _jacobian(of_span: Callable, given, images: np.ndarray, chunk: int, bar) -> np.ndarray:
