@@ -68,7 +68,7 @@ def test_a_damaged_record_is_named(tmp_path):
 
 def test_tables_have_a_line_for_every_attack_and_defence(runs):
     told = unlearning.tables(runs)
-    assert "| BadNets | Fine-tuning | 70.0 ± 0.0 | 5.0 ± 0.0 | 95.0 ± 0.0 | 105.0 ± 7.1 | 80.0 ± 0.0 | 74.0 ± 19.8 |" in told
+    assert "| BadNets | Fine-tuning | 70.0 ± 0.0 | 5.0 ± 0.0 | 105.0 ± 7.1 | 74.0 ± 19.8 |" in told
     assert "| BadNets | BI-BAU (U) | 0.25 ± 0.00 | 0.50 ± 0.00 | 2.00 ± 0.00 |" in told
     assert told.count("Fine-tuning") == 2 and told.count("BI-BAU (U)") == 3  # fine-tuning makes no adversarial images
 

@@ -61,6 +61,7 @@ def config():
     return made.to_dict()
 
 
+@pytest.mark.slow
 def test_the_experiment_ends_with_a_record_and_a_picture_and_is_not_run_twice(config, tmp_path):
     folder = tmp_path / "stream"
     picture = task_stream.run(config, str(folder))

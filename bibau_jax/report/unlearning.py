@@ -101,11 +101,10 @@ def _rows(runs: list[dict], heads: list[str], cells: Callable[[list[dict]], list
 
 def _angles(runs: list[dict]) -> str:
     def cells(told):
-        ways = [(stretch, name) for name in ASKED for stretch in (0, -1)]
-        angles = (spread(one["trajectory"][f"whole_{name}"][place] for one in told) for place, name in ways)
+        angles = (spread(one["trajectory"][f"whole_{name}"][-1] for one in told) for name in ASKED)
         return [*(spread(one[rate] for one in told) for rate in ("ca", "asr")), *angles]
 
-    heads = [f"{HEADS[name]}, {when}" for name in ASKED for when in ("first state", "end")]
+    heads = list(HEADS.values())
     return _rows(runs, ["CA", "ASR", *heads], cells)
 
 
@@ -146,9 +145,18 @@ def verdict(runs: list[dict], row: str = "bibau_u", other: str = "ft") -> str:
     return "\n".join(lines) + "\n"
 
 
-def picture(runs: list[dict], path: Path) -> Path:
-    """Angles along the purifications of every attack's first seed, and what is left of the drift on triggered images."""
-    groups = {attack: group[0] for attack, group in _groups(runs).items()}
+def _states(run: dict) -> int:
+    return min(len(told["trajectory"]["step"]) for told in run["defenses"].values())
+
+
+def picture(runs: list[dict], path: Path) -> Path | None:
+    """Angles along the purifications of one run an attack, and what is left of the drift on triggered images by layer.
+
+    None where no run was measured with the states on the way.
+    """
+    groups = {attack: max(group, key=_states) for attack, group in _groups(runs).items() if max(map(_states, group)) > 1}
+    if not groups:
+        return None
     figure, axes = plotting().subplots(
         3, len(groups), figsize=(1.6 + 3.4 * len(groups), 9.4), squeeze=False, sharey="row", layout="constrained"
     )
@@ -186,7 +194,8 @@ def main(arguments=None) -> int:
         given.out.mkdir(parents=True, exist_ok=True)
         head = f"## Is Proposition 4.2 better met by BI-BAU (U) than by fine-tuning?\n\n{verdict(runs)}\n"
         records.write_text(given.out / "unlearning.md", f"{head}{tables(runs)}")
-        print(given.out / "unlearning.md", picture(runs, given.out / "unlearning.png"), sep="\n")
+        drawn = picture(runs, given.out / "unlearning.png")
+        print(given.out / "unlearning.md", *([drawn] if drawn else []), sep="\n")
     except (UserError, OSError) as error:
         print(f"bibau_jax: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

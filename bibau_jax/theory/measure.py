@@ -2,9 +2,10 @@
 
 python -m bibau_jax.theory.measure runs/reactivation_cpu/badnets_0 runs/reactivation_cpu/badnets_1 --out=results/theory/runs
 
-A run keeps its models but not the states that a purification passed. So every defence is run again on the run's backdoored
-model with the run's data, settings and keys, and a journal that keeps a state several times an epoch, in the folder `--states`;
-a second start finds them there. Runs are only read. `<out>/<run>.json` is written for each.
+A run keeps its models but not the states that a purification passed: without `--states` the angles are those of the whole
+way. With it every defence is run again on the run's backdoored model with the run's data, settings and keys, and a journal that
+keeps a state several times an epoch in that folder; a second start finds them there. Runs are only read. `<out>/<run>.json` is
+written for each.
 """
 
 import argparse
@@ -32,10 +33,11 @@ LAMBDAS = ("lambda_kd", "lambda_prior", "lambda_ewc", "lambda_iewc")
 CONSTANTS = ("alpha", "temperature", "eta", "prior_form", "iewc_cap", "iewc_form")
 
 
-def of_run(this: Run, rows: list[str], states: Path, *, images: int, tangents: int) -> dict:
+def of_run(this: Run, rows: list[str], states: Path | None, *, images: int, tangents: int) -> dict:
     """Everything that is measured of one run, as JSON-able numbers.
 
-    `images` of each kind give gradients, drifts and adversarial images; `tangents` of each kind the tangent kernels.
+    `rows` are defences; see the module for `states`. `images` of each kind give gradients, drifts and adversarial images,
+    `tangents` of each kind the tangent kernels.
     """
     scene = scene_of(this, {"none": "implant", "clean": "clean"})
     clean, triggered = test_pairs(scene, images)
@@ -102,10 +104,10 @@ def _rates(scene: Scene, variables) -> dict[str, float]:
     }
 
 
-def of_defense(scene: Scene, row: str, place: Path, clean: ImageSet, triggered: ImageSet, towards) -> dict:
+def of_defense(scene: Scene, row: str, place: Path | None, clean: ImageSet, triggered: ImageSet, towards) -> dict:
     """One defence: its rates, the angles along its way, what it left of the drifts, and its adversarial images."""
     this, models = scene.this, scene.models
-    states, last = purification(this, row, models["none"], place)
+    states, last = purification(this, row, models["none"], place) if place else its_own(this, row)
     points = trajectory.trajectory(models["none"], [params for _, params in states], towards)
     three = complete_unlearning.Models(models["clean"], models["none"], last)
     movement = trajectory.difference(models["none"]["params"], last["params"])
@@ -126,6 +128,12 @@ def of_defense(scene: Scene, row: str, place: Path, clean: ImageSet, triggered: 
     if getattr(defenses.get(row).purify, "func", None) is bibau.purify:
         found["adversarial"] = _adversarial(scene, row, last, len(clean))
     return found
+
+
+def its_own(this: Run, row: str) -> tuple[list, dict]:
+    """As `purification`, from the run's own purified model, with no state but the last (its step is not known, 0)."""
+    variables = load_model(this, f"purify/{row}")[0]
+    return [(0, variables["params"])], variables
 
 
 def purification(this: Run, row: str, variables, place: Path) -> tuple[list, dict]:
@@ -193,8 +201,8 @@ def main(arguments=None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bibau_jax.theory.measure", description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs, each with a clean twin")
     parser.add_argument("--out", type=Path, required=True, help="folder for one record a run")
-    parser.add_argument("--states", type=Path, default=Path("runs/theory_states"), help="folder for states of purifications")
-    parser.add_argument("--defenses", default="ft,base_at,bibau_u,ibu", help="to run again, comma-separated")
+    parser.add_argument("--states", type=Path, default=None, help="run purifications again and keep their states here")
+    parser.add_argument("--defenses", default="ft,base_at,bibau_u,ibu", help="comma-separated")
     parser.add_argument("--images", type=int, default=500, help="of each kind, for gradients and drifts")
     parser.add_argument("--tangents", type=int, default=40, help="of each kind, for tangent kernels")
     parser.add_argument("--defaults", type=Path, default=Path("configs/base.py"), help="settings that older runs lack")
@@ -207,7 +215,7 @@ def main(arguments=None) -> None:
         for folder in given.runs:
             sizes = {"images": given.images, "tangents": given.tangents}
             this = Run(completed(read_config(folder), defaults), folder.absolute())
-            found = of_run(this, rows, given.states.absolute(), **sizes)
+            found = of_run(this, rows, given.states and given.states.absolute(), **sizes)
             path = given.out / f"{folder.name}.json"
             if parallel.is_lead():
                 records.write_study(path, "unlearning", command, sizes | {"defenses": rows}, found)
