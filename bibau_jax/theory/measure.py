@@ -54,9 +54,8 @@ def of_run(this: Run, rows: list[str], states: Path | None, *, images: int, tang
         progress.say(f"{this.folder.name}: tangents of {name}", show=parallel.is_lead())
         found["tangent_overlap"][name] = tangent_overlaps(scene, name, tangents)
         found["models"][name] = _rates(scene, scene.models[name])
-    found["defenses"] = {
-        row: of_defense(scene, row, states / this.folder.name / row, clean, triggered, towards) for row in rows
-    }
+    place, tasks = states and states / this.folder.name, (clean, triggered, towards)
+    found["defenses"] = {row: of_defense(scene, row, place and place / row, *tasks) for row in rows}
     return found
 
 
