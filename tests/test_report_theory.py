@@ -47,6 +47,8 @@ def test_every_kind_of_study_is_drawn_beside_its_record(tmp_path, capsys):
     records.write_study(tmp_path / "stream.json", "task_stream", "", {}, dict.fromkeys(theory.STREAMS, entries))
     assert theory.main([str(tmp_path)]) == 0
     drawn = capsys.readouterr().out.split()
+    assert "| 4 | backdoor | 0.100 | 0.200 | 0.91 | 0.83 |" in (tmp_path / "widths.md").read_text()
+    assert "| Clean task, then backdoor task | clean | 2 | 50.0 | 60.0 |" in (tmp_path / "stream.md").read_text()
     assert len(drawn) == 3 and all(png(tmp_path / name) for name in ("three_tasks.png", "widths.png", "stream.png"))
 
 

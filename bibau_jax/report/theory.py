@@ -1,4 +1,4 @@
-"""Pictures of the theory's studies, from their records.
+"""Pictures and tables of the theory's studies, from their records.
 
 python -m bibau_jax.report.theory results/theory
 """
@@ -11,6 +11,7 @@ import numpy as np
 
 from bibau_jax import records
 from bibau_jax.errors import UserError
+from bibau_jax.report import unlearning, words
 from bibau_jax.report.pictures import plotting, save
 
 INK, CLEAN, BACKDOOR, UNLEARNING = "#1c1d1f", "#00477a", "#c24e00", "#00785a"
@@ -152,11 +153,39 @@ def task_stream(found: dict, path: Path) -> Path:
     return save(figure, path)
 
 
+def widths_table(found: dict) -> str:
+    """Markdown: by width and task, the distance from the linearisation, and measured over predicted drift of unseen images."""
+    lines = [
+        "| Width | After | Distance, seen images | Distance, unseen | Drift of clean, measured / predicted | Of triggered |"
+    ]
+    lines += ["| ---: | --- | ---: | ---: | ---: | ---: |"]
+    for size in sorted({run["width"] for run in found["runs"]}):
+        for name in ("clean", "backdoor", "unlearning"):
+            told = [run["tasks"][name] for run in found["runs"] if run["width"] == size]
+            gaps = [unlearning.spread((one[gap] for one in told), 3) for gap in ("gap_seen", "gap_unseen")]
+            pairs = [[one["drift"][f"unseen_{kind}"] for one in told] for kind in ("clean", "triggered")]
+            ratios = [unlearning.spread((real / predicted for real, predicted in each), 2) for each in pairs]
+            lines.append(f"| {size} | {name} | {' | '.join(gaps + ratios)} |")
+    return "\n".join(lines) + "\n"
+
+
+def stream_table(found: dict) -> str:
+    """Markdown: clean accuracy and ASR at the end of every phase of the three orders of learning."""
+    lines = ["| Order | Phase | Epochs | CA at its end | ASR at its end |", "| --- | --- | ---: | ---: | ---: |"]
+    for name, title in STREAMS.items():
+        for task in dict.fromkeys(entry["task"] for entry in found[name]):
+            phase = [entry for entry in found[name] if entry["task"] == task]
+            ends = (words.number(phase[-1][metric]) for metric in ("ca", "asr"))
+            lines.append(f"| {title} | {task} | {len(phase)} | {' | '.join(ends)} |")
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {"widths": widths_table, "task_stream": stream_table}
 DRAWN = {"three_tasks": three_tasks, "widths": widths, "task_stream": task_stream}
 
 
 def main(arguments=None) -> int:
-    """The command line: draws every study that lies in a folder, beside its record."""
+    """The command line: draws every study that lies in a folder, beside its record, and writes the tables of those that have."""
     parser = argparse.ArgumentParser(prog="python -m bibau_jax.report.theory", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="folder with the records of studies")
     folder = parser.parse_args(arguments).folder
@@ -166,6 +195,8 @@ def main(arguments=None) -> int:
             raise UserError(f"{folder} holds no record of a study")
         for path, study in told.items():
             print(DRAWN[study.kind](study.found, path.with_suffix(".png")))
+            if study.kind in TABLES:
+                records.write_text(path.with_suffix(".md"), f"`{study.command}`\n\n{TABLES[study.kind](study.found)}")
     except (UserError, OSError) as error:
         print(f"bibau_jax: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
