@@ -185,7 +185,7 @@ DRAWN = {"three_tasks": three_tasks, "widths": widths, "task_stream": task_strea
 
 
 def main(arguments=None) -> int:
-    """The command line: draws every study that lies in a folder, beside its record, and writes the tables of those that have."""
+    """The command line: draws every study that lies in a folder, beside its record, and writes the tables of some."""
     parser = argparse.ArgumentParser(prog="python -m bibau_jax.report.theory", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="folder with the records of studies")
     folder = parser.parse_args(arguments).folder
