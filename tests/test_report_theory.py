@@ -17,7 +17,8 @@ def png(path) -> bool:
 def run_of(seed: int, **ends) -> dict:
     """What `theory.measure` tells of a run, with angles at the end by defence, (to the backdoor, to the clean task)."""
     overlaps = {kind: {"energy": 0.5, "frobenius": 0.1} for kind in ("triggered", "same_triggered", "ceiling", "floor")}
-    drifts = {"share": 0.25, "compensation": 0.5, "linear_gap": 2.0, "implanted": 4.0, "layers": {"conv1": {"share": 0.5}}}
+    drifts = {"share": 0.25, "compensation": 0.5, "cosine": 0.9, "linear_gap": 2.0, "implanted": 4.0, "left": 1.0, "moved": 3.0}
+    drifts["layers"] = {"conv1": {"share": 0.5}}
     shares = dict.fromkeys(("fooled", "target", "kept", "both"), 0.5)
     found = {"attack": "badnets", "seed": seed, "orthogonality": 60.0, "orthogonality_signed": 90.0, "defenses": {}}
     found["tangent_overlap"] = {"none": overlaps, "clean": overlaps}
@@ -71,7 +72,8 @@ def test_a_damaged_record_is_named(tmp_path):
 def test_tables_have_a_line_for_every_attack_and_defence(runs):
     told = unlearning.tables(runs)
     assert "| BadNets | Fine-tuning | 70.0 ± 0.0 | 5.0 ± 0.0 | 105.0 ± 7.1 | 74.0 ± 19.8 |" in told
-    assert "| BadNets | BI-BAU (U) | 0.25 ± 0.00 | 0.50 ± 0.00 | 2.00 ± 0.00 |" in told
+    drifts = "0.25 ± 0.00 | 0.50 ± 0.00 | 0.90 ± 0.00 | 2.00 ± 0.00 | 0.75 ± 0.00 | 0.25 ± 0.00 | 0.50 ± 0.00"
+    assert f"| BadNets | BI-BAU (U) | {drifts} | 2 |" in told
     assert told.count("Fine-tuning") == 2 and told.count("BI-BAU (U)") == 3  # fine-tuning makes no adversarial images
 
 

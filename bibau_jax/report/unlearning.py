@@ -28,10 +28,11 @@ NOTES = {
     "triggered ones, the same ones with the trigger, other clean ones (the ceiling), images with shuffled pixels (the floor); "
     "and triggered ones at the clean twin.",
     "angles": "Asked: 180 to learning the backdoor, 90 to learning the clean task. Below 90 to the clean task helps it.",
-    "drifts": "Share: |f_u − f_clean|² over |f_b − f_clean|² of the logits: 0 is complete, 1 is as before. Taken back: how "
-    "much of the backdoor's drift unlearning undoes, 1 is all of it. Linear gap: |f_u - its linearisation at f_b|, "
-    "over |f_u − f_b|. Apart: |f_b − f_clean|² on clean images over that on triggered ones: two trainings differ by more than "
-    "the poison.",
+    "drifts": "Of logits. On triggered images: share |f_u − f_clean|² over |f_b − f_clean|², 0 is complete, 1 as before; how "
+    "much of the backdoor's drift is taken back, and the cosine of unlearning's drift to the way back (Eq. 10: 1 and 1); linear "
+    "gap, |f_u − its linearisation at f_b| over |f_u − f_b|. On clean images, over the same |f_b − f_clean|² of triggered ones: "
+    "moved |f_u − f_b|² (Eq. 10: 0), left |f_u − f_clean|² (Eq. 9: 0), and |f_b − f_clean|² before: two trainings differ by more "
+    "than the poison.",
     "images": "x′ made by the defence at its start and at its end. Fooled: the backdoored model does not say the true class; "
     "target: it says the attack's target; kept: the clean twin sees the true class; both: fooled and kept.",
 }
@@ -110,13 +111,15 @@ def _angles(runs: list[dict]) -> str:
 
 def _drifts(runs: list[dict]) -> str:
     def cells(told):
-        kinds = [(kind, name) for kind in ("triggered", "clean") for name in ("share", "compensation", "linear_gap")]
-        values = [spread((one["completeness"][kind][name] for one in told), 2) for kind, name in kinds]
-        apart = (one["completeness"]["clean"]["implanted"] / one["completeness"]["triggered"]["implanted"] for one in told)
-        return [*values, spread(apart, 2)]
+        names = ("share", "compensation", "cosine", "linear_gap")
+        values = [spread((one["completeness"]["triggered"][name] for one in told), 2) for name in names]
+        for name in ("moved", "left", "implanted"):
+            pairs = [(one["completeness"]["clean"][name], one["completeness"]["triggered"]["implanted"]) for one in told]
+            values.append(spread((part / whole for part, whole in pairs), 2))
+        return values
 
-    heads = [f"{what}, {kind}" for kind in ("triggered", "clean") for what in ("share", "taken back", "linear gap")]
-    return _rows(runs, [*heads, "apart"], cells)
+    heads = ["Share", "Taken back", "Cosine", "Linear gap", "Clean: moved", "Clean: left", "Clean: before"]
+    return _rows(runs, heads, cells)
 
 
 def _images(runs: list[dict]) -> str:
