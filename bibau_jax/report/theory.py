@@ -142,9 +142,10 @@ def task_stream(found: dict, path: Path) -> Path:
         change = next((one["epoch"] + 0.5 for one, other in pairs if one["task"] != other["task"]), None)
         if change:
             axis.axvline(change, color=INK, linestyle=":", linewidth=1)
-            where = {"transform": axis.get_xaxis_transform(), "color": INK, "fontsize": 9, "va": "top"}
-            axis.text((epochs[0] + change) / 2, 0.6, entries[0]["task"], ha="center", **where)
-            axis.text((change + epochs[-1]) / 2, 0.6, entries[-1]["task"], ha="center", **where)
+            where = {"transform": axis.get_xaxis_transform(), "color": INK, "fontsize": 8, "va": "top"}
+            where["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+            axis.text((epochs[0] + change) / 2, 0.78, entries[0]["task"], ha="center", **where)
+            axis.text((change + epochs[-1]) / 2, 0.78, entries[-1]["task"], ha="center", **where)
         axis.set(xlabel="epoch", ylim=(-3, 103), xlim=(epochs[0], epochs[-1]))
         axis.set_title(title, loc="left", fontsize=10)
         axis.grid(alpha=0.25)

@@ -29,10 +29,10 @@ NOTES = {
     "and triggered ones at the clean twin.",
     "angles": "Asked: 180 to learning the backdoor, 90 to learning the clean task. Below 90 to the clean task helps it.",
     "drifts": "Of logits. On triggered images: share |f_u − f_clean|² over |f_b − f_clean|², 0 is complete, 1 as before; how "
-    "much of the backdoor's drift is taken back, and the cosine of unlearning's drift to the way back (Eq. 10: 1 and 1); linear "
-    "gap, |f_u − its linearisation at f_b| over |f_u − f_b|. On clean images, over the same |f_b − f_clean|² of triggered ones: "
-    "moved |f_u − f_b|² (Eq. 10: 0), left |f_u − f_clean|² (Eq. 9: 0), and |f_b − f_clean|² before: two trainings differ by more "
-    "than the poison.",
+    "much of the backdoor's drift is taken back, and the cosine of unlearning's drift to the way back (Eq. 10: 1 and "
+    "1); linear gap, |f_u − its linearisation at f_b| over |f_u − f_b|. On clean images, over the same |f_b − "
+    "f_clean|² of triggered ones: moved |f_u − f_b|² (Eq. 10: 0), left |f_u − f_clean|² (Eq. 9: 0), and |f_b − "
+    "f_clean|² before: two trainings differ by more than the poison.",
     "images": "x′ made by the defence at its start and at its end. Fooled: the backdoored model does not say the true class; "
     "target: it says the attack's target; kept: the clean twin sees the true class; both: fooled and kept.",
 }
