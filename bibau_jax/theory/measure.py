@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bibau_jax import checkpoint, defenses, keys, parallel, progress, records, train
+from bibau_jax import checkpoint, defenses, experiment, keys, parallel, progress, records, train
 from bibau_jax.data import ImageSet
 from bibau_jax.defenses import bibau
 from bibau_jax.errors import UserError
@@ -208,13 +208,14 @@ def main(arguments=None) -> None:
     given = parser.parse_args(arguments)
     command = shlex.join(["python", "-m", "bibau_jax.theory.measure", *(sys.argv[1:] if arguments is None else arguments)])
     rows = [row.strip() for row in given.defenses.split(",")]
+    sizes = {"images": given.images, "tangents": given.tangents}
     parallel.keep_compiled()
     try:
         defaults = runpy.run_path(str(given.defaults))["get_config"]().to_dict()
-        for folder in given.runs:
-            sizes = {"images": given.images, "tangents": given.tangents}
-            this = Run(completed(read_config(folder), defaults), folder.absolute())
-            found = of_run(this, rows, given.states and given.states.absolute(), **sizes)
+        configs = {folder: completed(read_config(folder), defaults) for folder in given.runs}
+        parallel.use_cores(*(size for config in configs.values() for size in experiment.batch_sizes(config)))
+        for folder, config in configs.items():
+            found = of_run(Run(config, folder.absolute()), rows, given.states and given.states.absolute(), **sizes)
             path = given.out / f"{folder.name}.json"
             if parallel.is_lead():
                 records.write_study(path, "unlearning", command, sizes | {"defenses": rows}, found)

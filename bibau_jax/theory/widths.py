@@ -99,6 +99,7 @@ def main(arguments=None) -> None:
     given = parser.parse_args(arguments)
     command = shlex.join(["python", "-m", "bibau_jax.theory.widths", *(sys.argv[1:] if arguments is None else arguments)])
     parallel.keep_compiled()
+    parallel.use_cores(ntk.BLOCK)
     try:
         widths, runs = [int(width) for width in given.widths.split(",")], []
         with progress.bar(len(widths) * given.seeds, "widths", unit="network", show=parallel.is_lead()) as bar:

@@ -31,7 +31,5 @@ def get_config(size: str = "cpu"):
         config.stream.update(epochs=20, first_epochs=4, batch_size=64, poisoned=1, learning_rate=0.05)
     if size == "digits":
         config.stream.update(epochs=50, first_epochs=10, batch_size=32, poisoned=1)
-        config.stream.poison_share = (
-            0.1  # 13 images; at 1 % it is one, and the backdoor is forgotten
-        )
+        config.stream.poison_share = 0.1  # 13 images; at 1 % it is one, and the backdoor is forgotten
     return config
