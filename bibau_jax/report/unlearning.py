@@ -182,7 +182,7 @@ def picture(runs: list[dict], path: Path) -> Path | None:
         axes[0][column].set_title(words.attack(attack), loc="left")
     for axis in np.ravel(axes):
         axis.grid(alpha=0.25)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncol=5)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncol=2 * len(groups))
     return save(figure, path)
 
 
