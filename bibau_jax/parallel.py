@@ -193,6 +193,20 @@ def sum_over_devices(fn: Callable) -> Callable:
     return jax.jit(jax.shard_map(local, mesh=mesh(), in_specs=(P(), P("data")), out_specs=P()))
 
 
+def map_over_devices(fn: Callable) -> Callable:
+    """Turns `fn(params, examples)`, one result an example, into the same with the examples shared out among devices; jitted.
+
+    As in `sum_over_devices`, gradients with respect to the parameters are of a device's own examples. Products are in float32.
+    """
+
+    def local(params, examples):
+        params = jax.tree.map(lambda leaf: jax.lax.pcast(leaf, "data", to="varying"), params)
+        with jax.default_matmul_precision("float32"):
+            return fn(params, examples)
+
+    return jax.jit(jax.shard_map(local, mesh=mesh(), in_specs=(P(), P("data")), out_specs=P("data")))
+
+
 def unroll(steps: int) -> int:
     """How many steps of a scan over gradients to lay out: two on the CPU, one on GPU and TPU.
 

@@ -149,6 +149,39 @@ def read(path) -> Record:
         raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from None
 
 
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What a measurement outside a run found: its settings, nested dicts and lists of `found` numbers, and how to repeat it."""
+
+    kind: str
+    command: str
+    versions: dict
+    device: dict
+    settings: dict
+    found: dict
+
+
+def write_study(path, kind: str, command: str, settings: dict, found: dict) -> Study:
+    """Writes a study with this machine's versions and device as a whole or not at all; returns it as `read_study` would."""
+    path, entry = Path(path), _plain(dataclasses.asdict(Study(kind, command, versions(), device(), settings, found)))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(entry, indent=1, allow_nan=False) + "\n")
+    except OSError as error:
+        raise _disk_error("write", path, error) from error
+    return Study(**entry)
+
+
+def read_study(path) -> Study:
+    """The study at `path`; UserError, one line that names the file, where it is missing or damaged."""
+    try:
+        return Study(**json.loads(Path(path).read_bytes()))
+    except OSError as error:
+        raise _disk_error("read", path, error) from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is not a study's record: {str(error).splitlines()[0]}") from None
+
+
 def append(path, **scalars) -> None:
     """Adds one line to a JSON-lines file and flushes it; values are numbers, strings, booleans or None.
 

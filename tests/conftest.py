@@ -10,19 +10,22 @@ import sys
 from functools import partial
 from pathlib import Path
 from subprocess import PIPE
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # also for the programs that tests start
 if os.environ["JAX_PLATFORMS"] == "cpu":
     # Nearly all the time goes into compiling, of random numbers above all. This halves it and changes no result.
     os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=2 {os.environ.get('XLA_FLAGS', '')}".strip()
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from bibau_jax import attacks, data, keys, models, parallel, train
 from bibau_jax.data import ImageSet, splits
+from bibau_jax.models.layers import Head, Normalize
 
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 jax.config.update("jax_num_cpu_devices", 8)
@@ -112,6 +115,24 @@ def tiny_variables(tiny) -> dict:
             lambda leaf: (leaf + rng.uniform(0.0, 0.3, leaf.shape)).astype(np.float32), variables["batch_stats"]
         ),
     }
+
+
+class Linear(nn.Module):
+    """Logits that are linear in the parameters."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, pixels, train: bool = False):
+        features = Normalize((0.3,), (4.0,), self.dtype)(pixels).reshape(len(pixels), -1)
+        return Head(10, name="head")(features), features
+
+
+@pytest.fixture(scope="session")
+def linear() -> tuple[models.Classifier, dict]:
+    """A classifier of 16x16 grey images whose theory is exact, and its variables."""
+    classifier = models.Classifier(Linear(), 10, (16, 16, 1))
+    return classifier, jax.device_get(classifier.init(keys.root(0)))
 
 
 @pytest.fixture(scope="session")

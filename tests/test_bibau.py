@@ -11,7 +11,7 @@ import pytest
 from bibau_jax import keys, train
 from bibau_jax.data import ImageSet
 from bibau_jax.defenses import bibau
-from bibau_jax.method import ewc, terms
+from bibau_jax.method import ewc, settings, terms
 from tests import regenerate
 
 L2 = bibau.Perturbation("l2", 200.0, 60.0, 2)
@@ -198,7 +198,7 @@ def test_only_the_fishers_that_weigh_are_taken(monkeypatch, tiny, tiny_variables
         return variables["params"]
 
     monkeypatch.setattr(bibau, "diagonal_fisher", fake)
-    with_a, with_b = bibau.ABLATIONS[ablation]
+    with_a, with_b = settings.ABLATIONS[ablation]
     options = {"labels": "true", "batch_size": 40, "target": None, "perturbation": L2._replace(steps=0)}
     before = bibau.fisher_before_epoch(
         *(clean, tiny_variables, keys.root(0)),

@@ -21,7 +21,7 @@ from bibau_jax.data.augment import crop_and_flip
 from bibau_jax.defenses.protocol import Purified, as_data, check_clean, watch
 from bibau_jax.information import diagonal_fisher
 from bibau_jax.method import ewc, pgd, terms
-from bibau_jax.method.settings import ABLATIONS, Perturbation, Weights, check
+from bibau_jax.method.settings import Perturbation, Weights, check, weighted
 from bibau_jax.models import Classifier
 
 
@@ -311,10 +311,18 @@ def purify(
         fisher_refresh=fisher_refresh,
         fisher_chunk=fisher_chunk,
     )
-    with_a, with_b = ABLATIONS[ablation]
-    weights = Weights(
-        *(with_a * lambda_kd, with_b * lambda_prior, with_a * lambda_ewc, with_b * lambda_iewc),
-        *(alpha, temperature, eta, prior_form, iewc_cap, iewc_form),
+    weights = weighted(
+        ablation,
+        lambda_kd=lambda_kd,
+        lambda_prior=lambda_prior,
+        lambda_ewc=lambda_ewc,
+        lambda_iewc=lambda_iewc,
+        alpha=alpha,
+        temperature=temperature,
+        eta=eta,
+        prior_form=prior_form,
+        iewc_cap=iewc_cap,
+        iewc_form=iewc_form,
     )
     attack = {"target": target_label if targeted else None, "perturbation": pgd}
     steps = epochs * max(1, len(clean) // min(batch_size, len(clean)))

@@ -40,6 +40,26 @@ class Weights(NamedTuple):
     iewc_form: str
 
 
+def weighted(
+    ablation: str,
+    *,
+    lambda_kd: float,
+    lambda_prior: float,
+    lambda_ewc: float,
+    lambda_iewc: float,
+    alpha: float,
+    temperature: float,
+    eta: float,
+    prior_form: str,
+    iewc_cap: float,
+    iewc_form: str,
+) -> Weights:
+    """The weights of an ablation: terms that it leaves out have weight 0."""
+    with_a, with_b = ABLATIONS[ablation]
+    lambdas = (with_a * lambda_kd, with_b * lambda_prior, with_a * lambda_ewc, with_b * lambda_iewc)
+    return Weights(*lambdas, alpha, temperature, eta, prior_form, iewc_cap, iewc_form)
+
+
 def check(
     num_classes: int,
     *,

@@ -23,7 +23,8 @@ KINDS = {
 }
 
 
-def _plt():
+def plotting():
+    """matplotlib.pyplot, drawing to files in the manner of all pictures."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -42,8 +43,9 @@ def _unknown(names) -> list[str]:
     return sorted(name for name in names if name not in COLOURS)
 
 
-def _save(figure, path: Path) -> Path:
-    plt = _plt()
+def save(figure, path: Path) -> Path:
+    """Writes a figure as PNG and closes it."""
+    plt = plotting()
     figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)
     return path
@@ -57,7 +59,7 @@ def scatter(lines, path: Path) -> Path | None:
     told = [line for line in lines if line["variant"] == 1 and line.get("r_asr") and line["r_asr"]["n"] and line["ca"]["n"]]
     if not told:
         return None
-    figure, axis = _plt().subplots(figsize=(7.2, 5))
+    figure, axis = plotting().subplots(figsize=(7.2, 5))
     names = sorted({line["defense"] for line in told}, key=lambda name: words.order(words.DEFENSES, name))
     for name in names:
         mine, tone = [line for line in told if line["defense"] == name], colour(name, _unknown(names))
@@ -70,7 +72,7 @@ def scatter(lines, path: Path) -> Path | None:
     axis.set_title("Is it gone? Low is gone, right is useful", loc="left")
     axis.grid(alpha=0.25)
     axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _over_attacks(found: dict, wanted) -> dict[str, np.ndarray]:
@@ -102,7 +104,7 @@ def bec_layers(found: dict, path: Path) -> Path | None:
         return None
     names = sorted(means, key=lambda name: words.order(words.DEFENSES, name))
     shape = {"figsize": (2.3 * len(names) + 1.2, 0.3 * len(layers) + 1.3), "sharex": True, "sharey": True, "squeeze": False}
-    figure, axes = _plt().subplots(1, len(names), layout="constrained", **shape)
+    figure, axes = plotting().subplots(1, len(names), layout="constrained", **shape)
     for axis, name in zip(axes[0], names, strict=True):
         axis.barh(range(len(layers)), means[name], color=colour(name, _unknown(names)), height=0.65)
         axis.axvline(1, color="#1c1d1f", linewidth=0.8, linestyle=":")
@@ -111,7 +113,7 @@ def bec_layers(found: dict, path: Path) -> Path | None:
         axis.set_yticks(range(len(layers)), layers)
     axes[0][0].invert_yaxis()
     figure.supxlabel("BEC: 0 as the clean twin, 1 as the backdoored model", fontsize=9)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def eta_sweep(found: dict, path: Path) -> Path | None:
@@ -127,7 +129,7 @@ def eta_sweep(found: dict, path: Path) -> Path | None:
     common = set.intersection(*map(set, points.values())) if points else set()
     if len(points) < 2 or not common:
         return None
-    figure, axis = _plt().subplots(figsize=(6, 4))
+    figure, axis = plotting().subplots(figsize=(6, 4))
     etas = sorted(points)
     means = np.array([np.mean([np.mean(points[eta][attack], 0) for attack in sorted(common)], 0) for eta in etas])
     for place, (name, tone) in enumerate((("CA", "#00477a"), ("ASR", "#c24e00"), ("R-ASR", "#8a4b86"))):
@@ -138,7 +140,7 @@ def eta_sweep(found: dict, path: Path) -> Path | None:
     axis.set(xlabel="η: share of the clean feature that the prior takes off", ylabel="%", ylim=(-3, 103))
     axis.set_title(f"BI-BAU (U), {', '.join(words.attack(attack) for attack in sorted(common))}", loc="left", fontsize=10)
     axis.grid(alpha=0.25)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def weight_path(found: dict, path: Path) -> Path | None:
@@ -151,7 +153,7 @@ def weight_path(found: dict, path: Path) -> Path | None:
     fresh, as_is = along("path_asr_recalibrated"), along("path_asr")
     if not fresh:
         return None
-    figure, axis = _plt().subplots(figsize=(6.6, 4.4))
+    figure, axis = plotting().subplots(figsize=(6.6, 4.4))
     for name in sorted(fresh, key=lambda name: words.order(words.DEFENSES, name)):
         tone = colour(name, _unknown(fresh))
         axis.plot(shares, fresh[name], color=tone, label=words.defense(name))
@@ -160,7 +162,7 @@ def weight_path(found: dict, path: Path) -> Path | None:
     axis.set_title("How far away the backdoor is (dotted: statistics not renewed)", loc="left", fontsize=10)
     axis.grid(alpha=0.25)
     axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def embeddings(folder: Path, record, path: Path) -> Path | None:
@@ -176,7 +178,7 @@ def embeddings(folder: Path, record, path: Path) -> Path | None:
     rows = [name for name in rows if name != "clean"]
     if "none" not in rows or len(rows) < 2:
         return None
-    plt = _plt()
+    plt = plotting()
     figure, axes = plt.subplots(1, len(rows), figsize=(2.9 * len(rows), 3.6), squeeze=False, layout="constrained")
     for axis, name in zip(axes[0], rows, strict=True):
         with np.load(folder / "reactivate" / name / "features.npz") as saved:
@@ -192,4 +194,4 @@ def embeddings(folder: Path, record, path: Path) -> Path | None:
     figure.legend(*axes[0][0].get_legend_handles_labels(), frameon=False, loc="outside lower left", ncol=3, fontsize=9)
     attack = words.attack(record.config["attack"]["name"])
     figure.suptitle(f"{attack}: features of clean and triggered images (t-SNE, each model by itself)", fontsize=11)
-    return _save(figure, path)
+    return save(figure, path)

@@ -17,25 +17,11 @@ def run(this: Run, command: str) -> None:
         stage = f"purify/{row}"
         if is_done(this, stage, command):
             continue
-        options = this.options(row)
-        if row == "bibau_t" and this.config["defense"]["target_label"] < 0 and not (this.folder / "scan").exists():
-            raise UserError("bibau_t needs the attacker's class: run the stage scan first, or set defense.target_label")
-        if defenses.is_ideal(row):
-            options["triggered"] = _triggered(this)
-        if defenses.is_informed(row):
-            options["poisoned"] = _poisoned(this)
         clock, guard = train.Clock(this.config["defense"]["max_seconds"]), _guard(this, stage, variables)
+        journal = dataclasses.replace(this.journal(stage), clock=clock, guard=guard)
         try:
             with cost.measure() as spent:
-                purified = defenses.get(row).purify(
-                    keys.stream(this.key, "purify"),  # every defence sees the same batches
-                    this.classifier,
-                    variables,
-                    this.splits.clean,
-                    held_out=this.splits.validation,
-                    journal=dataclasses.replace(this.journal(stage), clock=clock, guard=guard),
-                    **options,
-                )
+                purified = apply(this, row, variables, journal)
         except NotApplicable as reason:
             if row == this.config["defense"]["name"]:
                 raise
@@ -59,8 +45,24 @@ def _guard(this: Run, stage: str, variables) -> train.Guard:
 
 
 def _told(purified: defenses.Purified, guard: train.Guard) -> dict:
-    guard.keeper and guard.keeper.clear()
+    """What the defence and the guard say of the model."""
+    if guard.keeper is not None:
+        guard.keeper.clear()
     return purified.told | ({"guard": guard.told} if guard.told else {})
+
+
+def apply(this: Run, row: str, variables, journal: train.Journal) -> defenses.Purified:
+    """What a defence makes of the backdoored model with this run's data and settings, its traces left to `journal`."""
+    options = this.options(row)
+    if row == "bibau_t" and this.config["defense"]["target_label"] < 0 and not (this.folder / "scan").exists():
+        raise UserError("bibau_t needs the attacker's class: run the stage scan first, or set defense.target_label")
+    if defenses.is_ideal(row):
+        options["triggered"] = _triggered(this)
+    if defenses.is_informed(row):
+        options["poisoned"] = _poisoned(this)
+    key = keys.stream(this.key, "purify")  # every defence sees the same batches
+    given = (key, this.classifier, variables, this.splits.clean)
+    return defenses.get(row).purify(*given, held_out=this.splits.validation, journal=journal, **options)
 
 
 def _poisoned(this: Run) -> ImageSet:

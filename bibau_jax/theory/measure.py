@@ -1,0 +1,228 @@
+"""The theory measured on finished runs: orthogonality, tangent overlap, Proposition 4.2 and 4.3, complete unlearning.
+
+python -m bibau_jax.theory.measure runs/reactivation_cpu/badnets_0 runs/reactivation_cpu/badnets_1 --out=results/theory/runs
+
+A run keeps its models but not the states that a purification passed: without `--states` the angles are those of the whole
+way. With it every defence is run again on the run's backdoored model with the run's data, settings and keys, and a journal that
+keeps a state several times an epoch in that folder; a second start finds them there. Runs are only read. `<out>/<run>.json` is
+written for each.
+"""
+
+import argparse
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from bibau_jax import checkpoint, defenses, experiment, keys, parallel, progress, records, train
+from bibau_jax.data import ImageSet
+from bibau_jax.defenses import bibau
+from bibau_jax.errors import UserError
+from bibau_jax.method import settings
+from bibau_jax.run import Run, load_model
+from bibau_jax.stages import purify
+from bibau_jax.stages.checks import Scene, scene_of, test_pairs
+from bibau_jax.theory import complete_unlearning, linearize, ntk, orthogonality, overlap, trajectory
+from bibau_jax.workdir import read_config
+
+EVERY = 3  # states kept in an epoch
+LAMBDAS = ("lambda_kd", "lambda_prior", "lambda_ewc", "lambda_iewc")
+CONSTANTS = ("alpha", "temperature", "eta", "prior_form", "iewc_cap", "iewc_form")
+
+
+def of_run(this: Run, rows: list[str], states: Path | None, *, images: int, tangents: int) -> dict:
+    """Everything that is measured of one run, as JSON-able numbers.
+
+    `rows` are defences; see the module for `states`. `images` of each kind give gradients, drifts and adversarial images,
+    `tangents` of each kind the tangent kernels.
+    """
+    scene = scene_of(this, {"none": "implant", "clean": "clean"})
+    clean, triggered = test_pairs(scene, images)
+    towards = trajectory.directions(this.classifier, scene.models["clean"], scene.models["none"], clean, triggered)
+    absolute, signed = orthogonality.orthogonality(this.classifier, scene.models["none"], clean, triggered)
+    found = {"attack": scene.attack.name, "seed": this.config["seed"], "models": {}, "tangent_overlap": {}}
+    found |= {"orthogonality": absolute, "orthogonality_signed": signed}
+    found["directions"] = {
+        "backdoor_to_clean": trajectory.angles(towards.backdoor, towards).to_clean,
+        "implanted_to_backdoor": trajectory.angles(towards.implanted, towards).to_backdoor,
+        "implanted_to_clean": trajectory.angles(towards.implanted, towards).to_clean,
+    }
+    for name in ("none", "clean"):
+        progress.say(f"{this.folder.name}: tangents of {name}", show=parallel.is_lead())
+        found["tangent_overlap"][name] = tangent_overlaps(scene, name, tangents)
+        found["models"][name] = _rates(scene, scene.models[name])
+    place, tasks = states and states / this.folder.name, (clean, triggered, towards)
+    found["defenses"] = {row: of_defense(scene, row, place and place / row, *tasks) for row in rows}
+    return found
+
+
+def completed(config: dict, defaults: dict) -> dict:
+    """A nested config with the fields that it lacks, of a run that an earlier version made, from `defaults`."""
+    sections = {name: value for name, value in config.items() if isinstance(value, dict) and name in defaults}
+    return defaults | config | {name: completed(value, defaults[name]) for name, value in sections.items()}
+
+
+def tangent_overlaps(scene: Scene, name: str, count: int) -> dict:
+    """The overlap of clean test images' tangent space with that of other images, `count` of each kind, all logits.
+
+    `triggered` other images with the trigger; `same_triggered` the same ones with the trigger; `ceiling` other clean images;
+    `floor` other images with their pixels shuffled.
+    """
+    rest = np.flatnonzero(scene.aims != scene.test.labels)
+    if len(rest) < 4 * count:
+        raise UserError(f"tangent kernels of {count} images a kind need {4 * count} test images, there are {len(rest)}")
+    rows = [rest[index * count : (index + 1) * count] for index in range(4)]
+    kinds = {
+        "triggered": scene.triggered[rows[1]],
+        "same_triggered": scene.triggered[rows[0]],
+        "ceiling": scene.test.images[rows[2]],
+        "floor": overlap.shuffled(scene.test.images[rows[3]]),
+    }
+    stacked = np.concatenate([scene.test.images[rows[0]], *kinds.values()])
+    kernel = ntk.kernel(scene.this.classifier, scene.models[name], stacked, show=True)
+    size = count * scene.this.classifier.num_classes
+    parts = {kind: slice((index + 1) * size, (index + 2) * size) for index, kind in enumerate(kinds)}
+    found = {}
+    for kind, part in parts.items():
+        told = overlap.overlap(kernel[:size, :size], kernel[part, part], kernel[:size, part])._asdict()
+        told.pop("cosines")
+        found[kind] = told
+    return found
+
+
+def _rates(scene: Scene, variables) -> dict[str, float]:
+    """Clean accuracy and attack success rate, percent, on the run's test images."""
+    said = [train.predict(scene.this.classifier, variables, images) for images in (scene.test.images, scene.triggered)]
+    chosen = scene.aims != scene.test.labels
+    return {
+        "ca": 100 * float(np.mean(said[0] == scene.test.labels)),
+        "asr": 100 * float(np.mean(said[1][chosen] == scene.aims[chosen])),
+    }
+
+
+def of_defense(scene: Scene, row: str, place: Path | None, clean: ImageSet, triggered: ImageSet, towards) -> dict:
+    """One defence: its rates, the angles along its way, what it left of the drifts, and its adversarial images."""
+    this, models = scene.this, scene.models
+    states, last = purification(this, row, models["none"], place) if place else its_own(this, row)
+    points = trajectory.trajectory(models["none"], [params for _, params in states], towards)
+    three = complete_unlearning.Models(models["clean"], models["none"], last)
+    movement = trajectory.difference(models["none"]["params"], last["params"])
+    found = _rates(scene, last) | {"apart_from_run": _apart(this, row, last)}
+    found["trajectory"] = {
+        "step": [step for step, _ in states],
+        "length": [point.length for point in points],
+        **{
+            f"{stretch}_{name}": [getattr(getattr(point, stretch), name) for point in points]
+            for stretch in ("whole", "last")
+            for name in trajectory.Angles._fields
+        },
+    }
+    found["angles_by_module"] = {name: told._asdict() for name, told in trajectory.by_group(movement, towards).items()}
+    found["completeness"] = {
+        kind: _completeness(this, three, images.images) for kind, images in (("clean", clean), ("triggered", triggered))
+    }
+    if getattr(defenses.get(row).purify, "func", None) is bibau.purify:
+        found["adversarial"] = _adversarial(scene, row, last, len(clean))
+    return found
+
+
+def its_own(this: Run, row: str) -> tuple[list, dict]:
+    """As `purification`, from the run's own purified model, with no state but the last (its step is not known, 0)."""
+    variables = load_model(this, f"purify/{row}")[0]
+    return [(0, variables["params"])], variables
+
+
+def purification(this: Run, row: str, variables, place: Path) -> tuple[list, dict]:
+    """([(step, parameters)] in order, the last one included, and the purified variables) of a defence that is run again."""
+    options = this.options(row)
+    if not {"epochs", "batch_size"} <= options.keys():
+        raise UserError(f"{row} is not trained by epochs of batches: no states can be kept on its way")
+    size = len(this.splits.clean)
+    steps = max(1, size // min(options["batch_size"], size))
+    # States at the ends of epochs are not kept by a training that goes step by step.
+    keeper = checkpoint.Keeper(place, max(1, steps // EVERY), keep=sys.maxsize)
+    show = parallel.is_lead()
+    last = purify.apply(this, row, variables, train.Journal(f"{this.folder.name}/{row}", keeper, show=show)).variables
+    kept = sorted(int(path.name) for path in place.iterdir() if path.name.isdecimal())
+    return [(step, checkpoint.load(place / str(step))[0]["params"]) for step in kept], jax.device_get(last)
+
+
+def _apart(this: Run, row: str, variables) -> float | None:
+    """How far the repeated purification ended from the run's own, |difference| / |parameters|; None without the latter."""
+    if not (this.folder / "purify" / row / "model").exists():
+        return None
+    theirs, mine = load_model(this, f"purify/{row}")[0]["params"], variables["params"]
+    squares = [
+        sum(float(np.sum(np.square(leaf))) for leaf in jax.tree.leaves(tree))
+        for tree in (trajectory.difference(theirs, mine), theirs)
+    ]
+    return float(np.sqrt(squares[0] / squares[1]))
+
+
+def _completeness(this: Run, models: complete_unlearning.Models, images: np.ndarray) -> dict:
+    """Eq. 8-10 in total and by layer, and how far the purified model is from the backdoored one's linearisation."""
+    logits = [train.logits(this.classifier, each, images) for each in models]
+    found = complete_unlearning.completeness(*logits)._asdict()
+    linear = linearize.outputs(this.classifier, models.backdoored, models.purified["params"], images)
+    found["linear_gap"] = float(np.linalg.norm(linear - logits[2]) / np.linalg.norm(logits[2] - logits[1]))
+    found["layers"] = complete_unlearning.by_layer(this.classifier, models, images)
+    return found
+
+
+def _adversarial(scene: Scene, row: str, last, count: int) -> dict:
+    """Proposition 4.3 on the defender's clean images, for x' as the defence makes them at its start and at its end."""
+    this, backdoored = scene.this, scene.models["none"]
+    chosen = this.options(row) | defenses.get(row).purify.keywords
+    targeted, clean = chosen.get("targeted", False), this.splits.clean.take(slice(0, count))
+    attack = {
+        "classifier": this.classifier,
+        "target": chosen["target_label"] if targeted else None,
+        "weights": settings.weighted(chosen["ablation"], **{name: chosen[name] for name in (*LAMBDAS, *CONSTANTS)}),
+        "perturbation": chosen["pgd"],
+        "batch_size": chosen["batch_size"],
+    }
+    found, given = {}, (this.classifier, scene.models["clean"], backdoored)
+    for when, current in (("start", backdoored), ("end", last)):
+        key = keys.stream(this.key, "theory/adversarial")
+        images, _ = bibau.attack_images(clean.images, clean.labels, current, backdoored, key, **attack)
+        aims = scene.attack.aim(clean.labels)
+        found[when] = complete_unlearning.adversarial_rates(*given, images, clean.labels, aims, targeted=targeted)._asdict()
+    return found
+
+
+def main(arguments=None) -> None:
+    """The command line."""
+    from bibau_jax.main import fail
+
+    parser = argparse.ArgumentParser(prog="python -m bibau_jax.theory.measure", description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs, each with a clean twin")
+    parser.add_argument("--out", type=Path, required=True, help="folder for one record a run")
+    parser.add_argument("--states", type=Path, default=None, help="run purifications again and keep their states here")
+    parser.add_argument("--defenses", default="ft,base_at,bibau_u,ibu", help="comma-separated")
+    parser.add_argument("--images", type=int, default=500, help="of each kind, for gradients and drifts")
+    parser.add_argument("--tangents", type=int, default=40, help="of each kind, for tangent kernels")
+    parser.add_argument("--defaults", type=Path, default=Path("configs/base.py"), help="settings that older runs lack")
+    given = parser.parse_args(arguments)
+    command = shlex.join(["python", "-m", "bibau_jax.theory.measure", *(sys.argv[1:] if arguments is None else arguments)])
+    rows = [row.strip() for row in given.defenses.split(",")]
+    sizes = {"images": given.images, "tangents": given.tangents}
+    parallel.keep_compiled()
+    try:
+        defaults = runpy.run_path(str(given.defaults))["get_config"]().to_dict()
+        configs = {folder: completed(read_config(folder), defaults) for folder in given.runs}
+        parallel.use_cores(*(size for config in configs.values() for size in experiment.batch_sizes(config)))
+        for folder, config in configs.items():
+            found = of_run(Run(config, folder.absolute()), rows, given.states and given.states.absolute(), **sizes)
+            path = given.out / f"{folder.name}.json"
+            if parallel.is_lead():
+                records.write_study(path, "unlearning", command, sizes | {"defenses": rows}, found)
+                print(path)
+    except (UserError, OSError) as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Pictures and tables of the theory's studies, from records with known numbers."""
+
+import json
+
+import pytest
+
+from bibau_jax import records
+from bibau_jax.errors import UserError
+from bibau_jax.report import theory, unlearning
+from bibau_jax.theory import three_tasks
+
+
+def png(path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG")
+
+
+def run_of(seed: int, **ends) -> dict:
+    """What `theory.measure` tells of a run, with angles at the end by defence, (to the backdoor, to the clean task)."""
+    overlaps = {kind: {"energy": 0.5, "frobenius": 0.1} for kind in ("triggered", "same_triggered", "ceiling", "floor")}
+    drifts = {"share": 0.25, "compensation": 0.5, "cosine": 0.9, "linear_gap": 2.0, "implanted": 4.0, "left": 1.0, "moved": 3.0}
+    drifts["layers"] = {"conv1": {"share": 0.5}}
+    shares = dict.fromkeys(("fooled", "target", "kept", "both"), 0.5)
+    found = {"attack": "badnets", "seed": seed, "orthogonality": 60.0, "orthogonality_signed": 90.0, "defenses": {}}
+    found["tangent_overlap"] = {"none": overlaps, "clean": overlaps}
+    for row, (backdoor, clean) in ends.items():
+        way = {"step": [1, 2], "whole_to_backdoor": [95.0, backdoor], "whole_to_clean": [80.0, clean]}
+        found["defenses"][row] = {"ca": 70.0, "asr": 5.0, "trajectory": way | {"whole_to_implanted": [95.0, 99.0]}}
+        found["defenses"][row]["completeness"] = {"clean": drifts | {"implanted": 2.0}, "triggered": drifts}
+        if row == "bibau_u":
+            found["defenses"][row]["adversarial"] = {"start": shares, "end": shares}
+    return found
+
+
+@pytest.fixture
+def runs():
+    return [run_of(0, ft=(100.0, 60.0), bibau_u=(130.0, 80.0)), run_of(1, ft=(110.0, 88.0), bibau_u=(140.0, 70.0))]
+
+
+def test_every_kind_of_study_is_drawn_beside_its_record(tmp_path, capsys):
+    records.write_study(tmp_path / "three_tasks.json", "three_tasks", "", {}, three_tasks.study())
+    drifts = {"clean": [1.0, 1.1], "triggered": [0.5, 0.6], "unseen_clean": [1.0, 1.1], "unseen_triggered": [0.5, 0.6]}
+    task = {"gap_seen": 0.1, "gap_unseen": 0.2, "drift": drifts}
+    networks = [
+        {"width": width, "seed": 0, "tasks": dict.fromkeys(("clean", "backdoor", "unlearning"), task)} for width in (4, 8)
+    ]
+    records.write_study(tmp_path / "widths.json", "widths", "", {}, {"runs": networks})
+    entries = [{"epoch": epoch, "task": "clean" if epoch > 1 else "backdoor", "ca": 50.0, "asr": 60.0} for epoch in (1, 2, 3)]
+    records.write_study(tmp_path / "stream.json", "task_stream", "", {}, dict.fromkeys(theory.STREAMS, entries))
+    assert theory.main([str(tmp_path)]) == 0
+    drawn = capsys.readouterr().out.split()
+    assert "| 4 | backdoor | 0.100 | 0.200 | 0.91 | 0.83 |" in (tmp_path / "widths.md").read_text()
+    assert "| Clean task, then backdoor task | clean | 2 | 50.0 | 60.0 |" in (tmp_path / "stream.md").read_text()
+    assert len(drawn) == 3 and all(png(tmp_path / name) for name in ("three_tasks.png", "widths.png", "stream.png"))
+
+
+def test_a_folder_without_studies_is_told_in_one_line(tmp_path, capsys):
+    assert theory.main([str(tmp_path)]) == 1
+    assert "holds no record of a study" in capsys.readouterr().err
+    assert unlearning.main([str(tmp_path), f"--out={tmp_path}"]) == 1
+    assert "holds no record of theory.measure" in capsys.readouterr().err
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(UserError, match="a.json is not a study's record"):
+        records.read_study(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text(json.dumps({"kind": "widths"}))
+    with pytest.raises(UserError, match="a.json is not a study's record"):
+        records.read_study(tmp_path / "a.json")
+
+
+def test_tables_have_a_line_for_every_attack_and_defence(runs):
+    told = unlearning.tables(runs)
+    assert "| BadNets | Fine-tuning | 70.0 ± 0.0 | 5.0 ± 0.0 | 105.0 ± 7.1 | 74.0 ± 19.8 |" in told
+    drifts = "0.25 ± 0.00 | 0.50 ± 0.00 | 0.90 ± 0.00 | 2.00 ± 0.00 | 0.75 ± 0.00 | 0.25 ± 0.00 | 0.50 ± 0.00"
+    assert f"| BadNets | BI-BAU (U) | {drifts} | 2 |" in told
+    assert told.count("Fine-tuning") == 2 and told.count("BI-BAU (U)") == 3  # fine-tuning makes no adversarial images
+
+
+def test_the_verdict_counts_who_is_closer_to_what_is_asked(runs):
+    told = unlearning.verdict(runs)
+    assert "BI-BAU (U) ends 45.0 ± 7.1° off, Fine-tuning 75.0 ± 7.1° off; closer in 2 of 2 runs, by 30.0 ± 0.0°" in told
+    assert "BI-BAU (U) ends 15.0 ± 7.1° off, Fine-tuning 16.0 ± 19.8° off; closer in 1 of 2 runs" in told
+    assert unlearning.verdict(runs, other="base_at") == "No run has both BI-BAU (U) and Base AT."
+
+
+def test_the_command_writes_tables_and_a_picture(runs, tmp_path):
+    for run in runs:
+        records.write_study(tmp_path / "runs" / f"badnets_{run['seed']}.json", "unlearning", "", {}, run)
+    assert unlearning.main([str(tmp_path / "runs"), f"--out={tmp_path}"]) == 0
+    assert png(tmp_path / "unlearning.png") and "Proposition 4.2" in (tmp_path / "unlearning.md").read_text()
