@@ -264,6 +264,58 @@ def test_the_time_of_a_stage_is_shared_by_its_parts_and_counts_that_before_a_kil
     assert len(count(epochs=4, journal=train.Journal(clock=train.Clock(3600)))[1]) == 4
 
 
+@struct.dataclass
+class Walker:
+    step: jax.Array
+    params: jax.Array
+    statistics: jax.Array
+
+
+def walked(state, frozen, batch, key):
+    return Walker(state.step + 1, state.params + 1.0, state.statistics - 1.0), {"loss": 0.0 * batch.sum()}
+
+
+def guarded(folder, accuracies, limit=10.0, epochs=None):
+    """(the step whose parameters are given back, epochs run, what the guard says) for these held-out accuracies; before 0.9."""
+    guard = train.Guard(limit, 0.9, Keeper(folder / "best", every_steps=1, keep=1))
+    journal = train.Journal(keeper=Keeper(folder / "run", every_steps=1), guard=guard)
+    state, history = train.fit(
+        walked,
+        parallel.replicate(Walker(jnp.int32(0), jnp.float32(0), jnp.float32(0))),
+        jnp.zeros(2),
+        key=keys.root(0),
+        epochs=epochs or len(accuracies),
+        batch_size=2,
+        after_epoch=lambda state, epoch: {"held_out_accuracy": accuracies[epoch]},
+        journal=journal,
+    )
+    assert float(state.statistics) == -float(state.params)
+    return int(state.params), len(history), guard.told
+
+
+@pytest.mark.parametrize(
+    "accuracies, kept, run",
+    [
+        ([0.2, 0.5, 0.81, 0.85], 4, 4),  # it begins far below and ends within the limit
+        ([0.2, 0.85, 0.75, 0.9], 2, 3),  # beyond after within: what comes later is not waited for
+        ([0.2, 0.7, 0.75, 0.72], 3, 4),  # never within: the best there is
+    ],
+)
+def test_a_guard_ends_a_training_that_costs_too_much_and_gives_back_the_best(tmp_path, accuracies, kept, run):
+    given, epochs, told = guarded(tmp_path, accuracies)
+    assert (given, epochs) == (kept, run)
+    assert bool(told) == (kept < run or accuracies[-1] < 0.8)
+    assert guarded(tmp_path / "free", accuracies, limit=0.0) == (len(accuracies), len(accuracies), "")
+
+
+def test_a_guard_goes_on_after_a_kill_as_if_there_had_been_none(tmp_path):
+    accuracies = [0.2, 0.85, 0.75, 0.9]
+    for epochs in (2, 3, 4):
+        found = guarded(tmp_path, accuracies, epochs=epochs)
+    assert found == guarded(tmp_path / "whole", accuracies)
+    assert found[:2] == (2, 3) and "costs 5.0 points (the limit is 10)" in found[2]
+
+
 def test_a_last_short_batch_is_dropped_and_a_large_batch_is_the_whole_set():
     assert [entry["step"] for entry in count(batch_size=4)[1]] == [2, 4]
     state, history = count(batch_size=64)
