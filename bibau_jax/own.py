@@ -66,7 +66,7 @@ def bring_in(weights, images, *, workdir, **settings) -> Model:
     `settings` override those of configs/own_model.py by their dotted names, e.g. `**{"model.file": "my_net.py"}`; UserError for
     a name that is not there.
     """
-    config = _defaults()
+    config = _defaults().lock()
     try:
         config.update_from_flattened_dict(settings | {"model.weights": str(weights), "data.folder": str(images)})
     except (KeyError, AttributeError, TypeError) as error:

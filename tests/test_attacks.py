@@ -632,6 +632,7 @@ def test_the_image_counts_for_issba_only_after_the_secret_can_be_read():
     np.testing.assert_allclose(issba.weight_of_image(since, 1000, 3000, 10.0), [0, 0, 0, 0, 5, 10, 10])
 
 
+@pytest.mark.slow
 def test_issbas_networks_carry_and_read_a_secret_at_every_size():
     for shape, bits in (((16, 20, 1), 1), ((32, 32, 3), 4)):
         params = issba.fresh(keys.root(0), shape, bits=bits, width=2)
@@ -698,7 +699,7 @@ def test_the_surrogate_of_narcissus_can_be_trained_on_a_folder_of_other_pictures
         attacks.get("narcissus").make(keys.root(0), num_classes=5, **options).control.check(split)
 
 
-@pytest.mark.parametrize("statistics", narcissus.BATCHES)
+@pytest.mark.parametrize("statistics", ["train", pytest.param("eval", marks=pytest.mark.slow)])
 def test_narcissus_finds_a_small_trigger_that_is_evidence_of_the_target_class(statistics, digits, monkeypatch):
     images, histories, fit = digits.train.take(slice(500)), [], train.fit
 

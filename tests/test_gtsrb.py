@@ -172,6 +172,7 @@ def test_of_three_archives_the_one_that_is_missing_is_named(tmp_path):
         gtsrb.load(image_size=0)
 
 
+@pytest.mark.slow
 def test_a_whole_run_on_traffic_signs_and_its_model_on_those_signs_alone(manual, tmp_path, tiny_config):
     changes = {"data.name": "gtsrb", "data.data_dir": str(tmp_path / "data"), "data.manual_dir": str(manual)}
     changes |= {"data.train_size": 0, "data.clean_size": 45, "model.mean": (0.0,) * 3, "model.std": (1.0,) * 3}

@@ -30,10 +30,9 @@ QUICK = {
     "defense.pgd.step_size": 150.0,
     "defense.lambda_kd": 0.03,
     "defense.lambda_iewc": 5.0,
-    "defense.beside": "ft",
     "reactivate.retuning.images": 96,
     "reactivate.retuning.batch_size": 48,
-    "reactivate.retuning.repeats": 2,
+    "reactivate.retuning.repeats": 1,
     "reactivate.query.images": 60,
     "reactivate.query.epochs": 5,
     "reactivate.query.hidden": 64,
@@ -100,14 +99,14 @@ def finished(settings, tmp_path_factory):
 
 def test_the_scan_names_the_attackers_class_and_purification_takes_its_trigger_away(finished):
     _, record = finished
-    before, after, tuned = (record.metrics[name] for name in ("backdoored", "purified", "finetuned"))
+    before, after = (record.metrics[name] for name in ("backdoored", "purified"))
     assert before.extra["scan"]["suspected"] == 0 and before.extra["scan"]["flagged"] == [0]
-    assert before.asr.percent > 90 and after.asr.percent < 20 and after.asr.percent < tuned.asr.percent
+    assert before.asr.percent > 90 and after.asr.percent < 20
     assert after.ca.percent > 60  # of 160 images to purify with
     assert before.extra["stand_in_asr"] > 80 > after.extra["stand_in_asr"]
     for name in ("r_asr", "q_asr", "stand_in_r_asr", "stand_in_q_asr"):
         assert 0 <= after.extra[name] <= 100 and name not in before.extra
-    assert "scan" in after.extra and "scan" not in tuned.extra
+    assert after.extra["scan"]["suspected"] != 0 or not after.extra["scan"]["flagged"]
 
 
 def test_what_is_given_back_has_the_names_layouts_and_types_that_came(finished, stranger):

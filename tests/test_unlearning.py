@@ -174,7 +174,8 @@ def test_looking_inside_changes_no_output(tiny, tiny_variables, batch):
     assert list(found) == ["bn1", "layer1_0"] and found["layer1_0"].shape == (8, 16, 16, 4)
 
 
-@pytest.mark.parametrize("shape", [pytest.param((16, 16, 1), marks=pytest.mark.slow), (20, 33, 3)])
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(16, 16, 1), (20, 33, 3)])
 def test_the_generator_gives_images_of_the_size_that_it_is_given(shape):
     net = UNet(4)
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, *shape)), jnp.float32)
