@@ -76,6 +76,24 @@ def test_what_was_imported_goes_back_bit_by_bit_under_the_same_names(name, store
         assert back[key].shape == value.shape and back[key].dtype == value.dtype and back[key].tobytes() == value.tobytes(), key
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet18_imagenet", "resnet20", "preact_resnet18"])
+def test_a_network_trained_here_gets_the_names_that_it_is_told_by(name):
+    network = models.build(name, num_classes=10, image_shape=(32, 32, 3), width=4, mean=(0.5,) * 3, std=(0.2,) * 3)
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
+    named = rules.named(variables)
+    back = rules.to_variables(named, rules.RESNET, shapes)
+    jax.tree.map(np.testing.assert_array_equal, back.variables, variables)
+    assert len(named) == len(jax.tree.leaves(variables)) and {"conv1.weight", "fc.bias"} <= set(named)
+    assert named["layer1.0.conv1.weight"].shape == (4, 4, 3, 3) and named["fc.weight"].shape[0] == 10
+
+
+def test_a_network_without_names_is_refused():
+    with pytest.raises(UserError, match="params/block_0/qkv/kernel has no name in PyTorch"):
+        rules.named({"params": {"block_0": {"qkv": {"kernel": np.zeros((2, 2))}}}})
+
+
 @pytest.mark.parametrize("name", models.names())
 def test_every_description_of_a_network_is_true_of_it(name):
     shape = {"num_classes": 10, "image_shape": (32, 32, 3), "width": 8}

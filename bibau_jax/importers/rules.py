@@ -24,6 +24,13 @@ RESNET = (
     (r"layer(\d+)\.(\d+)\.(?:shortcut|downsample)\.1", r"layer\1_\2/shortcut_bn"),
     _HEAD,
 )
+RESNET_NAMES = (  # the way back, for a network that was trained here: a path -> its module's name in torchvision
+    (r"(conv1|bn1)", r"\1"),
+    (r"layer(\d+)_(\d+)/(conv\d|bn\d)", r"layer\1.\2.\3"),
+    (r"layer(\d+)_(\d+)/shortcut_conv", r"layer\1.\2.downsample.0"),
+    (r"layer(\d+)_(\d+)/shortcut_bn", r"layer\1.\2.downsample.1"),
+    (r"head", r"fc"),
+)
 WIDE_RESNET = (
     (r"(conv1|bn1)", r"\1"),
     (r"block(\d+)\.layer\.(\d+)\.(conv\d|bn\d)", r"layer\1_\2/\3"),
@@ -68,6 +75,7 @@ CLIP_VIT = (
     _HEAD,
 )
 STATISTICS = {"running_mean": "mean", "running_var": "var"}
+LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"} | {ours: theirs for theirs, ours in STATISTICS.items()}
 DROPPED = "num_batches_tracked"  # PyTorch's count of batches: of no use here, and given back as it was
 
 
@@ -166,6 +174,23 @@ def to_arrays(variables: dict, original: dict[str, np.ndarray], places: dict[str
             made[name] = np.ascontiguousarray(value.astype(array.dtype)).reshape(array.shape)
         else:
             made[name] = array
+    return made
+
+
+def named(variables: dict, names: Table = RESNET_NAMES) -> dict[str, np.ndarray]:
+    """The variables of a network that was trained here under PyTorch's names and in its layouts, for `export.write`.
+
+    `names` maps paths of modules to their names, by default those of torchvision's ResNets. num_batches_tracked is left out,
+    which PyTorch's load_state_dict does not miss. UserError for a path that no rule fits.
+    """
+    made = {}
+    for path, value in _flat(variables).items():
+        where, _, leaf = path.partition("/")[2].rpartition("/")
+        found = [match.expand(name) for pattern, name in names if (match := re.fullmatch(pattern, where))]
+        if not found or leaf not in LEAVES:
+            raise UserError(f"{path} has no name in PyTorch here; known are {', '.join(pattern for pattern, _ in names)}")
+        value = turned_back(np.asarray(value)) if leaf == "kernel" else np.asarray(value)
+        made[f"{found[0]}.{LEAVES[leaf]}"] = np.ascontiguousarray(value)
     return made
 
 
