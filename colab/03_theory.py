@@ -80,7 +80,7 @@ FOLDER = Path(tempfile.mkdtemp(prefix="bibau_"))  # name a folder of your own to
 CLEAN, BACKDOOR, UNLEARNING, GREY = "#00477a", "#c24e00", "#00785a", "#6b6f76"
 
 parallel.keep_compiled()
-parallel.use_cores(48, 64)  # every CPU core works, as far as these batch sizes can be shared out
+parallel.use_cores(1)  # one device: many small programs gain nothing from more
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 60, "font.size": 10})
 
 # %% [markdown]

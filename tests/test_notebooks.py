@@ -110,7 +110,9 @@ def run_through(twin, folder, **environment) -> None:
 
 @pytest.mark.parametrize("twin", TWINS, ids=NAMES)
 def test_a_notebook_runs_top_to_bottom_at_a_fraction_of_its_size(twin, compiled, tmp_path):
-    run_through(twin, tmp_path, BIBAU_QUICK="1", XLA_FLAGS=HASTE, JAX_COMPILATION_CACHE_DIR=compiled)
+    # One device: where tests share the cores, devices wait for each other in vain.
+    quick = {"BIBAU_QUICK": "1", "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": HASTE}
+    run_through(twin, tmp_path, JAX_COMPILATION_CACHE_DIR=compiled, **quick)
 
 
 @pytest.mark.slow
