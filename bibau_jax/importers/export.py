@@ -27,10 +27,7 @@ def write(path, arrays: dict[str, np.ndarray], *, source=None, metadata: dict[st
     writers = {".safetensors": _write_safetensors, ".pth": _write_torch}
     if path.suffix not in writers:
         raise UserError(f"{path}: weights are written as .safetensors or .pth")
-    if source is not None and path.exists() and os.path.samefile(path, source):
-        raise UserError(f"{path} is the file that was read; nothing is ever written over it")
-    if path.exists():
-        raise UserError(f"{path} exists already; nothing is overwritten")
+    refuse(path, source)
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,6 +37,14 @@ def write(path, arrays: dict[str, np.ndarray], *, source=None, metadata: dict[st
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def refuse(path: Path, source=None) -> None:
+    """Raises `UserError` where something is at `path` already, above all the `source` of the weights."""
+    if source is not None and path.exists() and os.path.samefile(path, source):
+        raise UserError(f"{path} is the file that was read; nothing is ever written over it")
+    if path.exists():
+        raise UserError(f"{path} exists already; nothing is overwritten")
 
 
 def _write_safetensors(path: Path, arrays: dict, metadata: dict) -> None:
