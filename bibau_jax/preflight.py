@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from bibau_jax import attacks, defenses, models, parallel, records, train, workdir
-from bibau_jax.defenses import inversion
 from bibau_jax.errors import UserError
 from bibau_jax.models import own_file
 from bibau_jax.run import Run
-from bibau_jax.stages import export, reactivate, verify
+from bibau_jax.stages import export, reactivate, scan, verify
 
 # The parts of the config that decide the backdoored model and its clean twin: what a model may be shared between runs by.
 IMPLANT_PARTS = (
@@ -78,8 +77,7 @@ def check(run: Run, wanted: list[str]) -> None:
     if "reactivate" in wanted or "verify" in wanted:
         reactivate.check(run)
     if "scan" in wanted or "verify" in wanted:
-        search = {name: config["scan"][name] for name in ("epochs", "enough", "patience", "stop_after")}
-        inversion.check_search(**search)
+        scan.check(config["scan"])
     if "verify" in wanted:
         verify.check(run)
     if "export" in wanted:

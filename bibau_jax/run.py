@@ -14,6 +14,7 @@ from bibau_jax.data import own, splits
 from bibau_jax.defenses.bibau import Perturbation
 from bibau_jax.errors import UserError
 from bibau_jax.importers.suspect import Suspect, bring
+from bibau_jax.importers.torch_file import sha256
 from bibau_jax.models import own_file
 
 OF_A_FILE = ("weights", "container", "normalisation")  # settings of config.model that are about weights from a file
@@ -78,6 +79,11 @@ class Run:
         """The model of a stranger's file; reads it."""
         section = self.config["model"]
         taken = {name: section[name] or "" for name in ("file", *OF_A_FILE[1:], "mean", "std")}
+        kept = self.folder / "implant" / "model"
+        if kept.exists():  # the scale of pixels was chosen then, if the file is the same
+            told = checkpoint.info(kept)["told"]
+            known = told.get("sha256") == sha256(section["weights"])
+            taken["normalisation"] = told["normalisation"] if known else taken["normalisation"]
         return bring(
             section["weights"],
             self.splits.clean,
@@ -128,14 +134,14 @@ class Run:
             given.pop("ablation")  # what makes it Base AT
         given["pgd"] = Perturbation(**section["pgd"])
         if section["target_label"] < 0:
-            given["target_label"] = self.scanned_class
+            given["target_label"] = self.scanned_class or 0  # any one will do to look at the other settings before the scan
         return {name: value for name, value in given.items() if name in known} | dict(section.get(row, {}))
 
     @property
-    def scanned_class(self) -> int:
-        """The class that the scan suspects; 0 before there is one."""
+    def scanned_class(self) -> int | None:
+        """The class that the scan suspects; None before it is done."""
         path = self.folder / "scan" / "triggers.npz"
-        return int(np.argmax(np.load(path)["index"])) if path.exists() else 0
+        return int(np.argmax(np.load(path)["index"])) if path.exists() else None
 
     def model_folder(self, stage: str) -> Path:
         """Where the finished model of a stage lies: in this run's folder, or in that of the run it is taken from."""

@@ -307,6 +307,15 @@ def test_stages_one_at_a_time_give_the_same_models_as_all_at_once(finished, tiny
     }
 
 
+def test_a_model_that_was_scanned_before_it_was_measured_gets_its_rates_and_keeps_the_scan(tiny_config, tmp_path):
+    scanned = {"scan.images": 20, "scan.batch_size": 10, "scan.epochs": 1}
+    first = experiment.run(tiny_config(scanned, stages="implant,scan"), str(tmp_path / "run"))
+    assert first.metrics["backdoored"].asr is None
+    measured = experiment.run(tiny_config(scanned, stages="purify,evaluate"), str(tmp_path / "run")).metrics["backdoored"]
+    assert measured.asr.count > 0 and measured.ca == first.metrics["backdoored"].ca
+    assert measured.extra == first.metrics["backdoored"].extra
+
+
 def test_a_defence_that_is_added_later_only_adds(copy, tiny_config):
     _, folder, record = copy
     before = snapshot(folder)

@@ -10,7 +10,7 @@ import pytest
 from bibau_jax import experiment, own, records
 from bibau_jax.errors import UserError
 from bibau_jax.importers import export, torch_file
-from bibau_jax.stages import scan
+from bibau_jax.stages import purify, scan
 
 QUICK = {
     "data.padding": 1,
@@ -166,6 +166,8 @@ def test_another_file_in_its_place_is_refused(finished, settings, backdoored, st
         ({"verify.trigger": "nowhere.npz"}, "holds no trigger"),
         ({"export.format": "onnx"}, 'export.format "onnx" is unknown'),
         ({"scan.enough": 0.0}, "enough within 0..1"),
+        ({"scan.batch_size": 0}, "scan.images and scan.batch_size must be at least 1"),
+        ({"scan.share": -0.5}, "scan.limit and scan.share must not be negative"),
         ({"data.held_out": 1.0}, "data.held_out must lie between 0 and 1"),
         ({"defense.max_loss": -1.0}, "max_loss must not be negative"),
         ({"stages": "scan,verify,bless"}, 'unknown stage "bless"'),
@@ -190,6 +192,13 @@ def test_nothing_is_exported_over_the_file_that_came(settings, stranger, tmp_pat
     with pytest.raises(UserError, match="nothing is ever written over it"):
         experiment.run(settings(given), str(tmp_path / "run"))
     assert (stranger / "suspect.pth").read_bytes() == came
+
+
+def test_the_scans_class_is_waited_for(settings, tmp_path):
+    given = {"defense.name": "bibau_t", "stages": "purify"}
+    (tmp_path / "run" / "scan" / "checkpoints").mkdir(parents=True)  # as a scan leaves it that was cut off
+    with pytest.raises(UserError, match="run the stage scan first"):
+        purify.apply(experiment.Run(settings(given), tmp_path / "run"), "bibau_t", {}, None)
 
 
 def test_stages_of_a_strangers_model_need_its_file(tiny_config, tmp_path):

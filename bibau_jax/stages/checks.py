@@ -62,10 +62,15 @@ def scene_of(this: Run, stages: dict[str, str]) -> Scene:
     if count and count < len(test):
         order = np.asarray(jax.random.permutation(keys.stream(this.key, "reactivate/test"), len(test)))
         test = test.take(np.sort(order[:count]))
+    return staged(this, attack, test, stages)
+
+
+def staged(this: Run, attack: Attack, test: ImageSet, stages: dict[str, str], **where) -> Scene:
+    """The scene of an attack on these images and the models of these stages, by row; `where` its `room`."""
     loaded = {row: load_model(this, stage) for row, stage in stages.items()}
     models = {row: variables for row, (variables, _, _) in loaded.items()}
     digests = {row: info["sha256"] for row, (_, _, info) in loaded.items()}
-    return Scene(this, attack, test, attack.stamp(test.images, test.ids), attack.aim(test.labels), models, digests)
+    return Scene(this, attack, test, attack.stamp(test.images, test.ids), attack.aim(test.labels), models, digests, **where)
 
 
 def _success(scene: Scene, variables, images: np.ndarray) -> float:

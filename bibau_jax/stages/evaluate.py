@@ -23,6 +23,9 @@ class Measured(NamedTuple):
     stage: str
 
 
+BEFORE = Measured("backdoored", "none", "implant")  # the model that is to be purified
+
+
 def run(this: Run, command: str) -> None:
     """Clean accuracy, attack success rate and robust accuracy of every model there is, on all of `Run.measured`.
 
@@ -38,16 +41,17 @@ def run(this: Run, command: str) -> None:
     with cost.measure() as spent:
         triggered, aims = attack.stamp(test.images, test.ids), attack.aim(test.labels)
         with progress.bar(len(wanted), "evaluate", unit="model", show=parallel.is_lead()) as bar:
-            for name, label, stage in wanted:
-                variables, _, info = load_model(this, stage)
+            for one in wanted:
+                variables, _, info = load_model(this, one.stage)
                 clean, hit = predict(variables, test.images), predict(variables, triggered)
-                metrics[name] = records.Measurement(
-                    label,
+                scanned = told[one.name].extra if _is_of(one, told, info) else {}
+                metrics[one.name] = records.Measurement(
+                    one.label,
                     records.Rate(*rates.clean_accuracy(clean, test.labels)),
                     records.Rate(*rates.attack_success_rate(hit, test.labels, aims)),
                     records.Rate(*rates.robust_accuracy(hit, test.labels, aims)),
                     info["seconds"],
-                    {"model_sha256": info["sha256"]} | info.get("told", {}),
+                    scanned | _told(info),
                 )
                 bar.advance()
         shown = {one.name: load_model(this, one.stage)[0] for one in found.values() if one.name in ("backdoored", "purified")}
@@ -60,12 +64,28 @@ def run(this: Run, command: str) -> None:
 
 
 def is_measured(this: Run, one: Measured, told: dict) -> bool:
-    """Whether the record's metrics hold numbers of this very model."""
-    return (
-        one.name in told
-        and told[one.name].defense == one.label
-        and told[one.name].extra.get("model_sha256") == checkpoint.info(this.model_folder(one.stage))["sha256"]
-    )
+    """Whether the record's metrics hold numbers of this very model, those on triggered images among them."""
+    return _is_of(one, told, checkpoint.info(this.model_folder(one.stage))) and told[one.name].asr is not None
+
+
+def _is_of(one: Measured, told: dict, info: dict) -> bool:
+    known = told.get(one.name)
+    return known is not None and known.defense == one.label and known.extra.get("model_sha256") == info["sha256"]
+
+
+def begun(this: Run, one: Measured) -> records.Measurement:
+    """The record's row of this very model; where there is none, a new one with its clean accuracy alone."""
+    told, info = measured_so_far(this), checkpoint.info(this.model_folder(one.stage))
+    if _is_of(one, told, info):
+        return told[one.name]
+    test = this.measured
+    predicted = train.predict(this.classifier, load_model(this, one.stage)[0], test.images)
+    correct = records.Rate(*rates.clean_accuracy(predicted, test.labels))
+    return records.Measurement(one.label, correct, None, None, info["seconds"], _told(info))
+
+
+def _told(info: dict) -> dict:
+    return {"model_sha256": info["sha256"]} | info.get("told", {})
 
 
 def models(this: Run) -> dict[str, Measured]:

@@ -15,9 +15,10 @@ from bibau_jax import keys, parallel, progress, records, train
 from bibau_jax.data import ImageSet, splits
 from bibau_jax.defenses import inversion
 from bibau_jax.errors import UserError
-from bibau_jax.metrics import cost, rates
+from bibau_jax.metrics import cost
 from bibau_jax.models import Classifier
-from bibau_jax.run import Run, load_model, measured_so_far, update, write_arrays
+from bibau_jax.run import Run, load_model, update, write_arrays
+from bibau_jax.stages import evaluate
 
 
 class Scan(NamedTuple):
@@ -75,35 +76,37 @@ def judged(triggers: inversion.Triggers, *, limit: float = 2.0, share: float = 0
     return Scan(triggers, index, tuple(np.flatnonzero((index > limit) & small).tolist()))
 
 
+def check(section: dict) -> None:
+    """Raises `UserError` on settings that `scan` cannot use."""
+    inversion.check_search(**{name: section[name] for name in ("epochs", "enough", "patience", "stop_after")})
+    if min(section["images"], section["batch_size"]) < 1 or section["learning_rate"] <= 0:
+        raise UserError("scan.images and scan.batch_size must be at least 1, scan.learning_rate must be positive")
+    if section["limit"] < 0 or section["share"] < 0:
+        raise UserError("scan.limit and scan.share must not be negative")
+
+
 def run(this: Run, command: str) -> None:
     """Scans the model that is to be purified, before anything is done to it."""
-    found = of_model(this, command, "implant", "scan", "backdoored", "none")
+    found = of_model(this, command, evaluate.BEFORE, "scan")
     say(this, found)
 
 
-def of_model(this: Run, command: str, stage: str, room: str, name: str, row: str) -> Scan:
-    """The scan of a stage's model, from `room` in the run's folder where it was done before; joins the model's row."""
-    variables, _, info = load_model(this, stage)
-    path = this.folder / room / "triggers.npz"
-    known = measured_so_far(this).get(name)
-    if path.exists() and known is not None and "scan" in known.extra and known.extra["model_sha256"] == info["sha256"]:
+def of_model(this: Run, command: str, one: evaluate.Measured, room: str) -> Scan:
+    """The scan of a model, from `room` in the run's folder where it was done before; joins the model's row."""
+    path, measured = this.folder / room / "triggers.npz", evaluate.begun(this, one)
+    if path.exists() and "scan" in measured.extra:
         progress.say(f"{room}: done", show=parallel.is_lead())
         return read(path)
-    journal = this.journal(room)
+    journal, variables = this.journal(room), load_model(this, one.stage)[0]
     with cost.measure() as spent:
         section = dict(this.config["scan"]) | {name: this.config["data"][name] for name in ("padding", "flip")}
         found = scan(keys.stream(this.key, "scan"), this.classifier, variables, this.splits.clean, journal=journal, **section)
-        correct = rates.clean_accuracy(train.predict(this.classifier, variables, this.measured.images), this.measured.labels)
     arrays = found.triggers._asdict() | {"index": found.index, "flagged": np.array(found.flagged, int)}
     arrays["example"] = this.measured.images[0]
     write_arrays(path, arrays)
     journal.keeper.clear()
-    same = known if known is not None and known.extra.get("model_sha256") == info["sha256"] else None
-    measured = same or records.Measurement(
-        row, records.Rate(*correct), None, None, info["seconds"], {"model_sha256": info["sha256"]} | info.get("told", {})
-    )
     measured = dataclasses.replace(measured, extra=measured.extra | {"scan": found.told})
-    update(this, command, metrics={name: measured}, stages={room: records.StageCost(**dataclasses.asdict(spent))})
+    update(this, command, metrics={one.name: measured}, stages={room: records.StageCost(**dataclasses.asdict(spent))})
     return found
 
 

@@ -12,7 +12,7 @@ from bibau_jax.data import ImageSet
 from bibau_jax.defenses import ibu
 from bibau_jax.errors import UserError
 from bibau_jax.metrics import cost, rates
-from bibau_jax.run import Run, load_model, measured_so_far, update
+from bibau_jax.run import Run, update
 from bibau_jax.stages import checks, evaluate, scan
 
 REAL, STAND_IN = "real", "stand_in"  # triggers, and the folders of what was tried with them
@@ -20,14 +20,14 @@ REAL, STAND_IN = "real", "stand_in"  # triggers, and the folders of what was tri
 
 def run(this: Run, command: str) -> None:
     """Measures the suspicious model and every purified one: accuracy, scan, and how well triggers work and wake."""
-    before = scan.of_model(this, command, "implant", "scan", "backdoored", "none")
+    before = scan.of_model(this, command, evaluate.BEFORE, "scan")
     found = evaluate.models(this)
     if len(found) == 1:
         raise UserError("nothing is purified yet; run that stage first (--config.stages)")
     scenes = {kind: _scene(this, kind, attack, found) for kind, attack in triggers(this, before).items()}
     for row, one in found.items():
         if row != "none" and row == this.config["defense"]["name"]:
-            scan.of_model(this, command, one.stage, "verify/scan", one.name, one.label)
+            scan.of_model(this, command, one, "verify/scan")
         _measure(this, command, row, one, scenes)
 
 
@@ -56,12 +56,9 @@ def check(this: Run) -> None:
 
 def _scene(this: Run, kind: str, attack: attacks.Attack, found: dict) -> checks.Scene:
     """One trigger on the images that are measured, with a model that unlearned it knowing it: a clean one for comparison."""
-    test, loaded = this.measured, {row: load_model(this, one.stage) for row, one in found.items()}
-    models = {row: variables for row, (variables, _, _) in loaded.items()}
-    digests = {row: info["sha256"] for row, (_, _, info) in loaded.items()}
-    models["clean"] = _ideal(this, kind, attack, models["none"])
-    triggered, aims = attack.stamp(test.images, test.ids), attack.aim(test.labels)
-    return checks.Scene(this, attack, test, triggered, aims, models, digests, room=f"verify/{kind}")
+    stages = {row: one.stage for row, one in found.items()}
+    scene = checks.staged(this, attack, this.measured, stages, room=f"verify/{kind}")
+    return dataclasses.replace(scene, models=scene.models | {"clean": _ideal(this, kind, attack, scene.models["none"])})
 
 
 def _ideal(this: Run, kind: str, attack: attacks.Attack, variables) -> dict:
@@ -80,13 +77,7 @@ def _ideal(this: Run, kind: str, attack: attacks.Attack, variables) -> dict:
 
 def _measure(this: Run, command: str, row: str, one: evaluate.Measured, scenes: dict[str, checks.Scene]) -> None:
     """Adds to a model's row what is not measured of it yet, trigger by trigger."""
-    told = measured_so_far(this).get(one.name)
-    info = checkpoint.info(this.model_folder(one.stage))
-    if told is None or told.extra.get("model_sha256") != info["sha256"]:
-        predicted = train.predict(this.classifier, load_model(this, one.stage)[0], this.measured.images)
-        correct = records.Rate(*rates.clean_accuracy(predicted, this.measured.labels))
-        extra = {"model_sha256": info["sha256"]} | info.get("told", {})
-        told = records.Measurement(one.label, correct, None, None, info["seconds"], extra)
+    told = evaluate.begun(this, one)
     for kind, scene in scenes.items():
         name = f"{STAND_IN}_asr" if kind == STAND_IN else "asr"
         if (told.asr if kind == REAL else told.extra.get(name)) is not None:
