@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import struct
 
-from bibau_jax import keys, parallel, train
+from bibau_jax import keys, limits, parallel, train
 from bibau_jax.checkpoint import Keeper
 from bibau_jax.errors import UserError
 from bibau_jax.records import Scalars, read_lines
@@ -255,13 +255,13 @@ def test_a_training_may_end_when_its_history_says_so_and_is_then_done(tmp_path):
 
 
 def test_the_time_of_a_stage_is_shared_by_its_parts_and_counts_that_before_a_kill(tmp_path):
-    journal = train.Journal(keeper=Keeper(tmp_path, 100), clock=train.Clock(1e-9))
+    journal = train.Journal(keeper=Keeper(tmp_path, 100), clock=limits.Clock(1e-9))
     state, history = count(epochs=4, journal=journal.part("first"))
     assert len(history) == 1 and journal.clock.spent == history[0]["seconds"]
     assert count(epochs=4, journal=journal.part("second"))[1] == []  # nothing is left for it
-    anew = train.Journal(keeper=Keeper(tmp_path, 100), clock=train.Clock(1e-9))
+    anew = train.Journal(keeper=Keeper(tmp_path, 100), clock=limits.Clock(1e-9))
     assert len(count(epochs=4, journal=anew.part("first"))[1]) == 1 and anew.clock.is_over
-    assert len(count(epochs=4, journal=train.Journal(clock=train.Clock(3600)))[1]) == 4
+    assert len(count(epochs=4, journal=train.Journal(clock=limits.Clock(3600)))[1]) == 4
 
 
 @struct.dataclass
@@ -277,7 +277,7 @@ def walked(state, frozen, batch, key):
 
 def guarded(folder, accuracies, limit=10.0, epochs=None):
     """(the step whose parameters are given back, epochs run, what the guard says) for these held-out accuracies; before 0.9."""
-    guard = train.Guard(limit, 0.9, Keeper(folder / "best", every_steps=1, keep=1))
+    guard = limits.Guard(limit, 0.9, Keeper(folder / "best", every_steps=1, keep=1))
     journal = train.Journal(keeper=Keeper(folder / "run", every_steps=1), guard=guard)
     state, history = train.fit(
         walked,

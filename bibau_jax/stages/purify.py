@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from bibau_jax import checkpoint, defenses, keys, parallel, progress, train
+from bibau_jax import checkpoint, defenses, keys, limits, parallel, progress, train
 from bibau_jax.data import ImageSet
 from bibau_jax.errors import NotApplicable, UserError
 from bibau_jax.metrics import cost
@@ -17,7 +17,7 @@ def run(this: Run, command: str) -> None:
         stage = f"purify/{row}"
         if is_done(this, stage, command):
             continue
-        clock, guard = train.Clock(this.config["defense"]["max_seconds"]), _guard(this, stage, variables)
+        clock, guard = limits.Clock(this.config["defense"]["max_seconds"]), _guard(this, stage, variables)
         journal = dataclasses.replace(this.journal(stage), clock=clock, guard=guard)
         try:
             with cost.measure() as spent:
@@ -33,18 +33,18 @@ def run(this: Run, command: str) -> None:
         finish(this, stage, {"variables": purified.variables}, purified.history, spent, command, told=_told(purified, guard))
 
 
-def _guard(this: Run, stage: str, variables) -> train.Guard:
+def _guard(this: Run, stage: str, variables) -> limits.Guard:
     """The limit on what a defence may cost, counted on the held-out images."""
     limit, held_out = this.config["defense"]["max_loss"], this.splits.validation
     if not limit:
-        return train.Guard()
+        return limits.Guard()
     if not len(held_out):
         raise UserError("defense.max_loss needs held-out images to count on (data.validation_size or data.held_out)")
     before = train.accuracy(this.classifier, variables, held_out.images, held_out.labels)
-    return train.Guard(limit, before, checkpoint.Keeper(this.folder / stage / "best", every_steps=1, keep=1))
+    return limits.Guard(limit, before, checkpoint.Keeper(this.folder / stage / "best", every_steps=1, keep=1))
 
 
-def _told(purified: defenses.Purified, guard: train.Guard) -> dict:
+def _told(purified: defenses.Purified, guard: limits.Guard) -> dict:
     """What the defence and the guard say of the model."""
     if guard.keeper is not None:
         guard.keeper.clear()
