@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from absl import app, flags, logging
 
+from bibau_jax.cli import CONFIG, fail, read_flags
 from bibau_jax.errors import UserError
-from bibau_jax.main import CONFIG, fail, read_flags
 
 OUT = flags.DEFINE_string("out", "gallery.png", "the picture to write; its ending says the format (png, pdf, svg)")
 RUNS = flags.DEFINE_list("runs", [], "folders of runs whose attack is drawn as it was trained")

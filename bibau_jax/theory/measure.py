@@ -195,7 +195,7 @@ def _adversarial(scene: Scene, row: str, last, count: int) -> dict:
 
 def main(arguments=None) -> None:
     """The command line."""
-    from bibau_jax.main import fail
+    from bibau_jax.cli import fail
 
     parser = argparse.ArgumentParser(prog="python -m bibau_jax.theory.measure", description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs, each with a clean twin")

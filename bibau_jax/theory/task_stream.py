@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from absl import app, logging
 
-from bibau_jax import attacks, keys, main, parallel, records, train, workdir
+from bibau_jax import attacks, cli, keys, parallel, records, train, workdir
 from bibau_jax.data import ImageSet
 from bibau_jax.errors import UserError
 from bibau_jax.metrics import rates
@@ -171,16 +171,16 @@ def run(config: dict, folder: str) -> Path:
 def command(argv: list[str]) -> None:
     """The command line."""
     logging.set_verbosity(logging.WARNING)
-    config = main.CONFIG.value.to_dict()
+    config = cli.CONFIG.value.to_dict()
     parallel.keep_compiled()
     parallel.use_cores(config["stream"]["batch_size"])
     try:
-        print(run(config, main.WORKDIR.value))
+        print(run(config, cli.WORKDIR.value))
     except UserError as error:
-        main.fail(error)
+        cli.fail(error)
     except KeyboardInterrupt:
-        main.fail("interrupted; the same command goes on from the last checkpoint")
+        cli.fail("interrupted; the same command goes on from the last checkpoint")
 
 
 if __name__ == "__main__":
-    app.run(command, flags_parser=main.parse)
+    app.run(command, flags_parser=cli.parse)

@@ -106,7 +106,7 @@ def _columns(angle: str, pairs) -> dict[str, list[float]]:
 
 def main(arguments=None) -> None:
     """The command line."""
-    from bibau_jax.main import fail
+    from bibau_jax.cli import fail
     from bibau_jax.report import theory
 
     parser = argparse.ArgumentParser(prog="python -m bibau_jax.theory.three_tasks", description=__doc__.splitlines()[0])

@@ -88,7 +88,7 @@ def _compared(real: list, linear: list, rows: dict) -> dict:
 
 def main(arguments=None) -> None:
     """The command line."""
-    from bibau_jax.main import fail
+    from bibau_jax.cli import fail
     from bibau_jax.report import theory
 
     parser = argparse.ArgumentParser(prog="python -m bibau_jax.theory.widths", description=__doc__.splitlines()[0])

@@ -1,0 +1,64 @@
+"""What the commands share: the flags --config and --workdir, and ending with one line."""
+
+import ast
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from bibau_jax.errors import NOT_APPLICABLE, NotApplicable, UserError
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "settings, e.g. configs/cifar10.py:blended", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run; the same command goes on where it was cut off")
+
+
+def fail(message) -> None:
+    """Ends the program with one line on stderr and exit status 2, or 3 where a defence cannot treat the network."""
+    said, unfit = " ".join(str(message).split()), isinstance(message, NotApplicable)
+    sys.stderr.write(f"bibau_jax: {'not applicable: ' if unfit else ''}{said}\n")
+    sys.exit(NOT_APPLICABLE if unfit else 2)
+
+
+def _config_first(flags: list[str]) -> list[str]:
+    """The flags with the config's file in front: settings can only be overridden once it is read, wherever it was written."""
+    first, rest, waiting = [], [], iter(flags)
+    for flag in waiting:
+        name, equals, _ = flag.partition("=")
+        if name.lstrip("-") == "config" and flag.startswith("-"):
+            first += [flag] if equals else [flag, *[value for value in [next(waiting, None)] if value is not None]]
+        else:
+            rest.append(flag)
+    return first + rest
+
+
+def read_flags(argv: list[str]) -> list[str]:
+    """Reads the flags; what is wrong with them, or with the config file, ends the program in one line. Returns the rest."""
+    argv[1:] = _config_first(argv[1:])
+    sys.argv[1:] = argv[1:]
+    try:
+        rest = flags.FLAGS(argv)
+        if CONFIG.value is None:
+            fail("which settings? give --config, e.g. --config=configs/digits.py")
+        CONFIG.value.to_dict()  # a config file that failed to load raises only when it is looked at
+    except UserError as error:
+        fail(error)
+    except (AttributeError, KeyError) as error:
+        reason = str(error.args[0])
+        nested = reason.startswith("'\\'")  # of a section within a section the message comes in quotes
+        reason = ast.literal_eval(reason) if nested else reason
+        name = reason.split("'")[1] if "'" in reason else reason
+        where = next((flag for flag in argv if f".{name}" in flag.partition("=")[0]), "").partition("=")[0]
+        fail(f"unknown setting {reason}" + (f" (in {where})" if where else ""))
+    except (flags.Error, OSError, ImportError, SyntaxError, TypeError, ValueError) as error:
+        fail(str(error).removeprefix("Configuration is not available because of an earlier failure to load: "))
+    if len(rest) > 1:
+        fail(f'"{rest[1]}" is not a flag; settings are written --config.name=value')
+    return rest
+
+
+def parse(argv: list[str]) -> list[str]:
+    """As `read_flags`, and asks for a folder."""
+    rest = read_flags(argv)
+    if not WORKDIR.value:
+        fail("where to? give --workdir, e.g. --workdir=runs/digits")
+    return rest
