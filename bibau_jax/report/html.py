@@ -73,15 +73,16 @@ def _own(record, arrays: dict) -> tuple[str, tuple[str, ...]]:
     over += [f"seed {record.seed}", series.device_name(record.device)]
     head = f'<header><p class="over">{" · ".join(map(escape, over))}</p><h1>{escape(title)}</h1>'
     head += f'<p class="verdict">{escape(own.verdict(record))}</p><p class="basis">{escape(own.basis(record))}</p></header>'
-    drawn = own.triggers_html(record, arrays.get("scan/triggers", {}), "In the model as it came")
-    drawn += own.triggers_html(record, arrays.get("verify/scan/triggers", {}), "In the purified model")
+    scans = {"scan": "In the model as it came", "verify/scan": "In the purified model"}
+    tables = {name: own.triggers_html(record, arrays.get(f"{room}/triggers", {}), name) for room, name in scans.items()}
+    drawn = "".join(_framed(table, name) for name, table in tables.items() if table)
     text = (
         "For every class, the smallest patch that the scan could find to turn other images into it: the patch on grey, and "
         "laid over an image. A class that a much smaller patch reaches than the others is suspicious."
     )
     return title, (
         head,
-        _section("numbers", "Before and after", own.table_html(record)),
+        _section("numbers", "Before and after", _wide(own.table_html(record), "numbers", "Models")),
         _section("triggers", "What the scan found", drawn, text),
         _section("unknown", "What is not known", own.unknown_html(record)),
         _section("file", "The file", _facts(own.facts(record))),
@@ -190,7 +191,11 @@ def _gone(record) -> str:
 
 
 def _wide(inside: str, tone: str, label: str) -> str:
-    return f'<div class="wide" role="region" tabindex="0" aria-label="{label}"><table class="{tone}">{inside}</table></div>'
+    return _framed(f'<table class="{tone}">{inside}</table>', label) if inside else ""
+
+
+def _framed(table: str, label: str) -> str:
+    return f'<div class="wide" role="region" tabindex="0" aria-label="{label}">{table}</div>'
 
 
 def _strip(arrays: dict, label: int | None) -> str:
@@ -199,8 +204,7 @@ def _strip(arrays: dict, label: int | None) -> str:
         f" {strip.TARGET_MARK}\u00a0marks a prediction of the attack’s target." if label is not None or "aims" in arrays else ""
     )
     text = f"The same images three times, enlarged, with what each model takes them for.{mark}"
-    body = f'<div class="wide" role="region" tabindex="0" aria-label="Images">{table}</div>' if table else ""
-    return _section("images", "What the models see", body, text)
+    return _section("images", "What the models see", _framed(table, "Images") if table else "", text)
 
 
 def stage_name(stage: str) -> str:

@@ -5,8 +5,9 @@ from html import escape
 import numpy as np
 from rich.table import Table
 
-from bibau_jax.report import strip, words
+from bibau_jax.report import series, strip, words
 
+GREY = 128  # what a trigger alone is drawn on
 SHOWN = 6  # classes whose inverted triggers are drawn
 TRIGGERS = {"stand_in_": "The inverted trigger", "": "The given trigger"}  # by what the names of its rates begin with
 
@@ -107,7 +108,7 @@ def rows(record) -> list[tuple[str, list[tuple[str, str]]]]:
         columns[f"{name} works"] = lambda m, begin=begin: _rate(m, begin, "asr")
         columns[f"{name} works after retuning"] = lambda m, begin=begin: _rate(m, begin, "r_asr")
         columns[f"{name} works with perturbations"] = lambda m, begin=begin: _rate(m, begin, "q_asr")
-    measured = sorted(record.metrics.values(), key=lambda m: words.order(words.DEFENSES, m.defense))
+    measured = series.in_order(record.metrics.values())
     made = {name: [column(m) for m in measured] for name, column in columns.items()}
     kept = [name for name, values in made.items() if any(value != words.NOTHING for value in values)]
     called = [words.defense(m.defense) if m.defense != "none" else "The model as it came" for m in measured]
@@ -172,7 +173,7 @@ def unknown_html(record) -> str:
 
 
 def table_html(record) -> str:
-    """What was measured, a line a number and a column a model."""
+    """What was measured, a line a number and a column a model: the inside of a table."""
     made, main = rows(record), _main(record)
     if not made:
         return ""
@@ -182,18 +183,16 @@ def table_html(record) -> str:
         values = [cells[line][1] for _, cells in made]
         cells = "".join(f"<td>{f'<b>{value}</b>' if place == main else value}</td>" for place, value in enumerate(values))
         body.append(f'<tr><th scope="row">{escape(what)}</th>{cells}</tr>')
-    inside = f'<thead><tr><th scope="col"></th>{heads}</tr></thead><tbody>{"".join(body)}</tbody>'
-    return f'<div class="wide" role="region" tabindex="0" aria-label="Models"><table class="numbers">{inside}</table></div>'
+    return f'<thead><tr><th scope="col"></th>{heads}</tr></thead><tbody>{"".join(body)}</tbody>'
 
 
 def _main(record) -> int:
-    measured = sorted(record.metrics.values(), key=lambda m: words.order(words.DEFENSES, m.defense))
-    after = words.purified(record)
+    measured, after = series.in_order(record.metrics.values()), words.purified(record)
     return measured.index(after) if after in measured else -1
 
 
 def triggers_html(record, arrays: dict[str, np.ndarray], heading: str) -> str:
-    """The smallest triggers of a scan, laid over an image: the classes with the largest anomaly index first."""
+    """The smallest triggers of a scan, on grey and on an image, largest anomaly index first."""
     if not arrays:
         return ""
     index, example = arrays["index"], arrays["example"].astype(np.float32)
@@ -201,8 +200,7 @@ def triggers_html(record, arrays: dict[str, np.ndarray], heading: str) -> str:
     cells = []
     for label in order:
         mask, pattern = arrays["masks"][label], arrays["patterns"][label]
-        made = np.clip(np.round((1 - mask) * example + mask * pattern), 0, 255).astype(np.uint8)
-        alone = np.clip(np.round(mask * pattern + (1 - mask) * 128), 0, 255).astype(np.uint8)
+        alone, made = (_laid(mask, pattern, under) for under in (GREY, example))
         flagged = label in arrays["flagged"]
         reached = words.percent(100 * float(arrays["reached"][label]))
         says = f'<span class="says{" hit" if flagged else ""}"><i>index {words.number(float(index[label]))}</i>'
@@ -211,6 +209,11 @@ def triggers_html(record, arrays: dict[str, np.ndarray], heading: str) -> str:
         pictures = f'<img src="{strip.data_uri(alone)}" alt="{escape(alt)}">'
         pictures += f'<img src="{strip.data_uri(made)}" alt="{escape(alt)}, on an image">'
         cells.append(f"<td>{pictures}{says}</td>")
-    table = f'<table class="strip pairs-of" style="--n:{len(cells)}"><caption>{escape(heading)}</caption>'
-    table += f"<tbody><tr>{''.join(cells)}</tr></tbody></table>"
-    return f'<div class="wide" role="region" tabindex="0" aria-label="{escape(heading)}">{table}</div>'
+    return (
+        f'<table class="strip" style="--n:{len(cells)}"><caption>{escape(heading)}</caption>'
+        f"<tbody><tr>{''.join(cells)}</tr></tbody></table>"
+    )
+
+
+def _laid(mask: np.ndarray, pattern: np.ndarray, under) -> np.ndarray:
+    return np.clip(np.round((1 - mask) * under + mask * pattern), 0, 255).astype(np.uint8)
