@@ -15,6 +15,10 @@ ADDABLE = ("defense.beside", "implant.reuse", "implant.clean_twin", "reactivate.
 LATER = {"defense": "purify", "reactivate": "reactivate", "scan": "scan", "verify": "verify", "export": "export"}
 
 
+# A setting that came after a run was made is taken as what was done then: as empty, 0 or off, but for these.
+DONE_BEFORE = {"model.normalisation": "given", "data.held_out": 0.2}
+
+
 def told_apart_by(config: dict) -> dict:
     """The config without the sections of attacks and data sets that it does not use: their settings change nothing here."""
     return config | {part: _without_others(config.get(part, {})) for part in ("attack", "data")}
@@ -25,8 +29,12 @@ def _without_others(section: dict) -> dict:
 
 
 def differences(old: dict, new: dict, ignore=(*FREE, *ADDABLE)) -> list[str]:
-    """What differs between two nested configs, as "name: old -> new", apart from the names (and sections) to ignore."""
+    """What differs between two nested configs, as "name: old -> new", apart from the names (and sections) to ignore.
+
+    The old one may be of an earlier version of this program, which lacked some of the settings.
+    """
     before, after = flat(told_apart_by(old)), flat(told_apart_by(new))
+    before |= {name: value for name, value in after.items() if name not in before and _as_before(name, value, before)}
     names = sorted(before.keys() | after.keys())
     changed = [name for name in names if before.get(name) != after.get(name)]
     return [
@@ -34,6 +42,13 @@ def differences(old: dict, new: dict, ignore=(*FREE, *ADDABLE)) -> list[str]:
         for name in changed
         if not any(name == free or name.startswith(f"{free}.") for free in ignore)
     ]
+
+
+def _as_before(name: str, value, before: dict) -> bool:
+    """Whether a setting that an older config lacks does what was done without it, or is of a part that was not there at all."""
+    section = name.rpartition(".")[0]
+    whole = bool(section) and not any(other.startswith(f"{section}.") for other in before)
+    return whole or value == DONE_BEFORE.get(name) or not value
 
 
 def claim(workdir, config: dict) -> pathlib.Path:

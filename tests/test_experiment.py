@@ -415,6 +415,21 @@ def test_the_folder_of_another_config_is_refused_with_the_difference_and_stays_a
     assert snapshot(folder) == before
 
 
+def test_a_run_of_an_earlier_version_goes_on_where_the_new_settings_do_what_was_done(copy, tiny_config):
+    config, folder, _ = copy
+    older = workdir.read_config(folder)
+    for section, name in (("model", "weights"), ("model", "normalisation"), ("defense", "max_seconds"), ("defense", "nad")):
+        older[section].pop(name)
+    older.pop("scan")
+    (folder / "config.json").write_text(json.dumps(older))
+    longer = tiny_config(WITH_ALL | {"defense.max_seconds": 60.0, "model.normalisation": "auto"})
+    names = r"defense.max_seconds: None -> 60.0; model.normalisation: None -> auto\)"
+    with pytest.raises(UserError, match=rf"holds a run of another config \({names}"):
+        experiment.run(longer, str(folder))
+    experiment.run(config, str(folder))
+    assert workdir.read_config(folder) == json.loads(json.dumps(experiment.settled(config)))
+
+
 def test_the_defence_may_still_change_until_something_was_purified(copy, tiny_config):
     _, folder, _ = copy
     shutil.rmtree(folder / "purify")
