@@ -69,6 +69,7 @@ def done(finished, tmp_path):
         ({"attack.name": "bagnets"}, f'unknown attack "bagnets"; known: {", ".join(attacks.names())}'),
         ({"defense.name": "ibauu"}, f'unknown defence "ibauu"; known: {", ".join(defenses.names())}'),
         ({"defense.beside": "ft,fq"}, 'unknown defence "fq"; known: '),
+        ({"data.name": "flip"}, 'unknown data set "flip"'),
         ({"data.name": "cifar11"}, f'unknown data set "cifar11"; known: {", ".join(data.names())}'),
         ({"model.name": "resnet19"}, f'unknown model "resnet19"; known: {", ".join(models.names())}'),
         (

@@ -37,7 +37,7 @@ def load(path: str) -> OwnNetwork:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever a stranger's file does wrong
+    except (Exception, SystemExit) as error:  # whatever a stranger's file does wrong
         raise _failed(path, "it cannot be imported", error) from error
     if lacking := [name for name in ("build", "TABLE") if not hasattr(module, name)]:
         raise UserError(f"model.file={path}: it does not define {' and '.join(lacking)}")
