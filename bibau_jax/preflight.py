@@ -84,6 +84,8 @@ def check(run: Run, wanted: list[str]) -> None:
         export.check(run)
     if config["implant"]["innocent"] and not config["implant"]["reuse"]:
         raise UserError("implant.innocent takes the clean twin of another run; name it by implant.reuse")
+    if "implant" in wanted and config["implant"]["start"] and not config["implant"]["reuse"]:
+        run.first_weights(run.key)
     if config["implant"]["reuse"]:
         _same_model(run, "reuse", "implant", (*IMPLANT_PARTS, "attack", "implant"))
     if config["implant"]["clean_twin"] not in ("train", "none"):

@@ -13,6 +13,7 @@ from bibau_jax import attacks, checkpoint, data, defenses, keys, models, paralle
 from bibau_jax.data import own, splits
 from bibau_jax.defenses.bibau import Perturbation
 from bibau_jax.errors import UserError
+from bibau_jax.importers.pretrained import begin
 from bibau_jax.importers.suspect import Suspect, bring
 from bibau_jax.importers.torch_file import sha256
 from bibau_jax.models import own_file
@@ -46,13 +47,14 @@ class Run:
             if test is not None and test.class_names != mine.class_names:
                 raise UserError(f"{section['test']} and {section['folder']} are not of the same classes")
             return data.Dataset("own", mine.images, test.images if test else mine.images.take(slice(0)), mine.class_names)
+        options = section.get(section["name"], {})
         progress.say(f"data: {section['name']}", show=parallel.is_lead())
         return data.load(
             section["name"],
             data_dir=section["data_dir"] or None,
             manual_dir=section["manual_dir"] or None,
             download=section["download"],
-            **section.get(section["name"], {}),
+            **(options if isinstance(options, dict) else {}),
         )
 
     @cached_property
@@ -67,6 +69,13 @@ class Run:
             total = section["train_size"] or len(self.dataset.train) - section["validation_size"]
             sizes["clean_size"] = round(section["clean_ratio"] * total)
         return splits.divide(keys.stream(self.key, "data"), self.dataset.train, **sizes)
+
+    def first_weights(self, key: jax.Array) -> dict:
+        """The variables that a training of this run's network begins with."""
+        made, section = self.classifier.init(key), self.config["model"]
+        if not self.config["implant"]["start"]:
+            return made
+        return begin(self.config["implant"]["start"], self.classifier, made, name=section["name"], file=section["file"] or "")
 
     @property
     def measured(self) -> data.ImageSet:

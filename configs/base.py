@@ -118,6 +118,7 @@ def get_config() -> ConfigDict:
     config.implant.reuse = ""  # workdir of a run whose backdoored model (same settings) to take instead of training one
     config.implant.innocent = False  # take the clean twin of `reuse` instead: what a defence costs where there is no backdoor
     config.implant.clean_twin = "train"  # "train" one on the same data without poison, "none", or a workdir to take it from
+    config.implant.start = ""  # a file of weights that training begins with, in all but the head (.pth, .safetensors, ...)
     config.implant.epochs = 200
     config.implant.batch_size = 128
     config.implant.learning_rate = 0.1

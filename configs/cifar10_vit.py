@@ -1,6 +1,10 @@
 """CIFAR-10 with CLIP's ViT-B/32 under a linear head, as in the paper (section 5.5): for a GPU or TPU.
 
-python -m bibau_jax.main --config=configs/cifar10_vit.py:blended --workdir=runs/vit_blended
+python -m bibau_jax.main --config=configs/cifar10_vit.py:blended --workdir=runs/vit_blended \\
+  --config.implant.start=clip_vit_b_32.pth
+
+The file holds CLIP's weights, which OpenAI gives out as a program; where PyTorch and CLIP are installed, this saves them:
+torch.save(clip.load("ViT-B/32", "cpu")[0].visual.state_dict(), "clip_vit_b_32.pth"). Without it, training begins at random.
 """
 
 from configs import cifar10

@@ -181,3 +181,14 @@ def program():
     for process in started:
         process.kill()
         process.communicate()
+
+
+@pytest.fixture(scope="session")
+def networks() -> dict[str, dict[str, np.ndarray]]:
+    """The weights of PyTorch's small networks, {network: {its name: array}}; see tests/torch."""
+    found = {}
+    with np.load(ROOT / "tests" / "torch" / "networks.npz") as file:
+        for name in (name for name in file.files if "/weights/" in name):
+            network, _, key = name.partition("/weights/")
+            found.setdefault(network, {})[key] = file[name]
+    return found

@@ -14,17 +14,6 @@ FOLDER = Path(__file__).parent / "torch"
 DATA = {"num_classes": 10, "image_shape": (16, 16, 3), "mean": (0.5,) * 3, "std": (0.2,) * 3}
 
 
-@pytest.fixture(scope="module")
-def stored():
-    with np.load(FOLDER / "networks.npz") as file:
-        return dict(file)
-
-
-def weights(stored, name) -> dict[str, np.ndarray]:
-    begin = f"{name}/weights/"
-    return {key.removeprefix(begin): value for key, value in stored.items() if key.startswith(begin)}
-
-
 def as_torch(classifier, names: dict[str, str]) -> dict[str, np.ndarray]:
     """Arrays of a network's shapes under PyTorch's layouts, by names that `names` makes of our modules' paths."""
     arrays, leaves = {}, {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
@@ -54,10 +43,10 @@ OF_RESNET |= {"head": "fc", "/": "."}
         ("clip_vit_b_32", {"width": 16, "stages": (2,), "heads": 1, "patch": 8, "size": 16, "projection": 12}),
     ],
 )
-def test_a_network_and_its_sizes_are_read_from_names_and_shapes(name, options, stored):
-    found = architectures.guess(weights(stored, name))
+def test_a_network_and_its_sizes_are_read_from_names_and_shapes(name, options, networks):
+    found = architectures.guess(networks[name])
     assert (found.name, found.options, found.channels) == (name, {"num_classes": 10} | options, 3)
-    assert architectures.by_name(name, weights(stored, name)) == found
+    assert architectures.by_name(name, networks[name]) == found
 
 
 def test_every_network_that_is_built_can_be_imported():
@@ -114,23 +103,23 @@ def test_the_keys_of_a_stranger_are_refused_in_one_line():
         ("vit_b_32", {"1.conv_proj.weight": np.zeros((16, 3, 8, 7))}, r"1 have another shape \(params/patches/kernel \[8, 7"),
     ],
 )
-def test_what_does_not_fit_the_likeliest_network_is_told(name, changed, words, stored):
+def test_what_does_not_fit_the_likeliest_network_is_told(name, changed, words, networks):
     with pytest.raises(UserError, match=f"look like those of {name}, but do not fit it: {words}"):
-        architectures.guess(weights(stored, name) | changed)
+        architectures.guess(networks[name] | changed)
     with pytest.raises(UserError, match=f"the weights do not fit {name}: {words}"):
-        architectures.by_name(name, weights(stored, name) | changed)
+        architectures.by_name(name, networks[name] | changed)
 
 
-def test_an_image_encoder_without_a_head_is_no_classifier(stored):
-    tower = {name: array for name, array in weights(stored, "clip_vit_b_32").items() if not name.startswith("fc.")}
+def test_an_image_encoder_without_a_head_is_no_classifier(networks):
+    tower = {name: array for name, array in networks["clip_vit_b_32"].items() if not name.startswith("fc.")}
     with pytest.raises(
         UserError, match=r"like those of clip_vit_b_32, .* 2 are missing \(params/head/bias, params/head/kernel\)"
     ):
         architectures.guess(tower)
 
 
-def test_data_of_other_classes_or_channels_are_refused(stored):
-    found = architectures.guess(weights(stored, "vgg19_bn"))
+def test_data_of_other_classes_or_channels_are_refused(networks):
+    found = architectures.guess(networks["vgg19_bn"])
     with pytest.raises(UserError, match="the model has 10 classes, the data have 43"):
         architectures.classifier(found, **DATA | {"num_classes": 43})
     with pytest.raises(UserError, match="the model takes images of 3 channels, the data have 1"):
@@ -141,10 +130,10 @@ def test_data_of_other_classes_or_channels_are_refused(stored):
         architectures.classifier(found, **DATA)
 
 
-def test_what_the_file_cannot_tell_may_be_given(stored):
-    found = architectures.guess(weights(stored, "vit_b_32"))
+def test_what_the_file_cannot_tell_may_be_given(networks):
+    found = architectures.guess(networks["vit_b_32"])
     assert architectures.classifier(found, **DATA, heads=4).module.heads == 4
     with pytest.raises(UserError, match="a ViT of width 16 cannot have 3 heads"):
         architectures.classifier(found, **DATA, heads=3)
     with pytest.raises(UserError, match="model.heads is no setting of vgg19_bn; it has "):
-        architectures.classifier(architectures.guess(weights(stored, "vgg19_bn")), **DATA, heads=2)
+        architectures.classifier(architectures.guess(networks["vgg19_bn"]), **DATA, heads=2)

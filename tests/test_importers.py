@@ -39,14 +39,9 @@ def stored():
         return dict(file)
 
 
-def weights(stored, name) -> dict[str, np.ndarray]:
-    begin = f"{name}/weights/"
-    return {key.removeprefix(begin): value for key, value in stored.items() if key.startswith(begin)}
-
-
-def small(stored, name) -> tuple[dict[str, np.ndarray], architectures.Architecture, models.Classifier]:
+def small(networks, name) -> tuple[dict[str, np.ndarray], architectures.Architecture, models.Classifier]:
     """(weights, what they are guessed to be, the network for the stored images)."""
-    (side, hidden), arrays = STORED[name], weights(stored, name)
+    (side, hidden), arrays = STORED[name], networks[name]
     found = architectures.guess(arrays)
     options = {"num_classes": 10, "image_shape": (side, side, 3), "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}
     return arrays, found, architectures.classifier(found, **options, **hidden)
@@ -57,8 +52,8 @@ def imported(arrays, table, classifier):
 
 
 @pytest.mark.parametrize("name", STORED)
-def test_imported_networks_answer_as_pytorchs_do(name, stored):
-    arrays, found, classifier = small(stored, name)
+def test_imported_networks_answer_as_pytorchs_do(name, stored, networks):
+    arrays, found, classifier = small(networks, name)
     assert found.name == name
     variables = imported(arrays, found.table, classifier).variables
     logits = train.logits(classifier, variables, stored[f"images_{STORED[name][0]}"])
@@ -67,8 +62,8 @@ def test_imported_networks_answer_as_pytorchs_do(name, stored):
 
 
 @pytest.mark.parametrize("name", STORED)
-def test_what_was_imported_goes_back_bit_by_bit_under_the_same_names(name, stored):
-    arrays, architecture, classifier = small(stored, name)
+def test_what_was_imported_goes_back_bit_by_bit_under_the_same_names(name, networks):
+    arrays, architecture, classifier = small(networks, name)
     found = imported(arrays, architecture.table, classifier)
     back = rules.to_arrays(found.variables, arrays, found.places)
     assert list(back) == list(arrays)
@@ -129,8 +124,8 @@ def test_norms_are_in_the_order_in_which_the_network_runs(name):
     assert sorted(classifier.compared, key=run.index) == list(classifier.compared)
 
 
-def test_what_is_missing_left_over_or_of_another_shape_is_listed(stored):
-    arrays, architecture, classifier = small(stored, "resnet20")
+def test_what_is_missing_left_over_or_of_another_shape_is_listed(networks):
+    arrays, architecture, classifier = small(networks, "resnet20")
     table = architecture.table
     with pytest.raises(UserError, match=r"1 are missing \(params/head/bias\)"):
         imported({key: value for key, value in arrays.items() if key != "linear.bias"}, table, classifier)
@@ -141,7 +136,7 @@ def test_what_is_missing_left_over_or_of_another_shape_is_listed(stored):
     with pytest.raises(UserError, match=r"1 are not finite \(batch_stats/bn1/var\)"):
         imported(arrays | {"bn1.running_var": np.full(8, np.inf)}, table, classifier)
     with pytest.raises(UserError, match=r"and \d+ more\)"):
-        imported(weights(stored, "wide_resnet16"), table, classifier)
+        imported(networks["wide_resnet16"], table, classifier)
 
 
 # --- models that others trained, where they are at hand

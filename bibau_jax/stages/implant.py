@@ -2,6 +2,7 @@
 
 import shutil
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from bibau_jax import attacks, checkpoint, keys, train
 from bibau_jax.data.augment import crop_and_flip
 from bibau_jax.errors import UserError
+from bibau_jax.importers.torch_file import sha256
 from bibau_jax.metrics import cost
 from bibau_jax.run import Run, attack_as_trained, finish, is_done, write_arrays
 
@@ -60,7 +62,7 @@ def _train_model(this: Run, stage: str, command: str, *, poisoned: bool) -> None
                 prepare=prepare,
                 extra_optimizer=extra_optimizer,
             ),
-            train.new_state(this.classifier.init(keys.stream(key, "init")), optimizer, extra, extra_optimizer),
+            train.new_state(this.first_weights(keys.stream(key, "init")), optimizer, extra, extra_optimizer),
             told,
             key=key,
             epochs=section["epochs"],
@@ -74,7 +76,9 @@ def _train_model(this: Run, stage: str, command: str, *, poisoned: bool) -> None
     if poisoned:
         told = {"seed": np.int64(this.config["seed"]), "poison_ratio": training.poisoned.mean(), "means": _means(training)}
         write_arrays(folder / "poison.npz", training.flags() | told)
-    finish(this, stage, {"variables": state.variables, "extra": learned}, [*before, *history], spent, command)
+    start = section["start"]
+    began = {"start": start, "start_sha256": sha256(Path(start).expanduser())} if start else {}
+    finish(this, stage, {"variables": state.variables, "extra": learned}, [*before, *history], spent, command, began)
 
 
 def _learned(this: Run, control: attacks.Control, key, split, augment):
