@@ -7,7 +7,8 @@ import time
 from collections.abc import Iterator
 
 _FIRST_SECONDS = 2.0
-_LINE_SECONDS = 10.0  # between plain lines
+_LINE_SECONDS = 10.0  # between plain lines, at first
+_LINE_SHARE = 0.05  # of the time that a loop has run, between its plain lines later: a day's work leaves no heap of them
 _REDRAW_SECONDS = 0.2  # of a bar on a terminal
 
 _lock = threading.RLock()
@@ -57,14 +58,17 @@ class Bar:
             if _on_terminal():
                 self._draw()
                 wait = _REDRAW_SECONDS
-            elif now - _last_line < _LINE_SECONDS:  # of a bar around this one or just before it
-                wait = _last_line + _LINE_SECONDS - now
+            elif now - _last_line < (pause := self._pause(now)):  # of a bar around this one or just before it
+                wait = _last_line + pause - now
                 continue
             else:
                 share = f" ({100 * self._done / self._total:.0f} %)" if self._total else ""
                 _print(f"{self._label}: {self._done}/{self._total} {self._unit}s{share}, {self._status()}")
-                wait, _last_line = _LINE_SECONDS, now
+                wait, _last_line = pause, now
             self._printed = True
+
+    def _pause(self, now: float) -> float:
+        return max(_LINE_SECONDS, _LINE_SHARE * (now - self._begin))
 
     def _draw(self) -> None:
         status = self._status()  # may wait for a device: not under the lock
@@ -88,7 +92,8 @@ def bar(total: int, label: str, unit: str = "step", start: int = 0, show: bool =
     """Shows the progress of a loop over `total` units from `start` on (a resumed run); `with bar(...) as b: b.advance()`.
 
     After two seconds: on a terminal a live bar with rate, time left and the latest scalars, elsewhere a line on stderr at most
-    every ten seconds; then a line with the total time. The rate counts this session's work alone. `show=False` prints nothing.
+    every ten seconds, after some minutes more rarely; then a line with the total time. The rate counts this session's work alone.
+    `show=False` prints nothing.
     """
     it = Bar(total, label, unit, start)
     watcher = threading.Thread(target=it._watch, daemon=True, name=f"progress of {label}")

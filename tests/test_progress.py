@@ -65,6 +65,16 @@ def test_without_a_terminal_lines_are_sparse_and_the_last_one_tells_the_total_ti
     assert re.fullmatch(r"train: 20 steps in 0\.\d s, [\d.]+ step/s, loss 19", found[-1])
 
 
+def test_the_longer_a_loop_runs_the_rarer_its_lines(capsys, quick, monkeypatch):
+    monkeypatch.setattr(progress, "_LINE_SECONDS", 0.01)
+    monkeypatch.setattr(progress, "_LINE_SHARE", 1.0)  # each line when twice the time of the one before has passed
+    with bar(100, "fit") as b:
+        for _ in range(100):
+            time.sleep(0.01)
+            b.advance()
+    assert 2 <= len(lines(capsys)) <= 8
+
+
 def test_a_long_first_call_is_reported_before_it_ends(capsys, quick):
     with bar(2, "compile"):
         time.sleep(0.15)
