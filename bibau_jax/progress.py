@@ -92,8 +92,8 @@ def bar(total: int, label: str, unit: str = "step", start: int = 0, show: bool =
     """Shows the progress of a loop over `total` units from `start` on (a resumed run); `with bar(...) as b: b.advance()`.
 
     After two seconds: on a terminal a live bar with rate, time left and the latest scalars, elsewhere a line on stderr at most
-    every ten seconds, after some minutes more rarely; then a line with the total time. The rate counts this session's work alone.
-    `show=False` prints nothing.
+    every ten seconds, after some minutes more rarely; then a line with the total time. The rate counts this session's work
+    alone. `show=False` prints nothing.
     """
     it = Bar(total, label, unit, start)
     watcher = threading.Thread(target=it._watch, daemon=True, name=f"progress of {label}")

@@ -609,6 +609,7 @@ def test_iad_trains_its_masks_first_and_its_patterns_with_the_victim(tiny, tiny_
     assert all(jax.tree.leaves(changed["pattern"]["params"])) and not any(jax.tree.leaves(changed["mask"]))
 
 
+@pytest.mark.slow
 def test_gradients_of_iads_patterns_can_be_left_to_add_up(digits):
     images, moved = digits.train.take(slice(64)), {}
     for cumulative in (False, True):
@@ -643,6 +644,7 @@ def test_issbas_networks_carry_and_read_a_secret_at_every_size():
         assert networks.StegoDecoder(bits, 2).apply({"params": params["decoder"]}, carrying).shape == (3, bits)
 
 
+@pytest.mark.slow
 def test_issba_is_refused_while_its_secret_cannot_be_read(digits):
     images = digits.train.take(slice(150))
     with pytest.raises(UserError, match="issba: 2 steps are too few: the image counts fully 4000 steps after the secret"):
@@ -699,7 +701,8 @@ def test_the_surrogate_of_narcissus_can_be_trained_on_a_folder_of_other_pictures
         attacks.get("narcissus").make(keys.root(0), num_classes=5, **options).control.check(split)
 
 
-@pytest.mark.parametrize("statistics", ["train", pytest.param("eval", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("statistics", ["train", "eval"])
 def test_narcissus_finds_a_small_trigger_that_is_evidence_of_the_target_class(statistics, digits, monkeypatch):
     images, histories, fit = digits.train.take(slice(500)), [], train.fit
 

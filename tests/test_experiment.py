@@ -183,6 +183,7 @@ def test_a_check_that_is_added_later_only_adds(attacked, tiny_config, tmp_path):
         assert more.metrics[name].extra["bec"] == pytest.approx(record.metrics[name].extra["bec"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_an_attack_that_was_cut_off_goes_on_where_it_was(attacked, tmp_path, monkeypatch):
     config, _, record = attacked
     config = config | {"reactivate": config["reactivate"] | {"checks": "retuning,query"}}
@@ -468,6 +469,7 @@ def test_a_damaged_record_is_found_before_anything_is_computed(copy):
     assert snapshot(folder) == before
 
 
+@pytest.mark.slow
 def test_every_defence_runs_beside_the_main_one_and_is_measured(finished, tiny_config, tmp_path, monkeypatch, capsys):
     """All of them in a few steps; one that cannot treat the network is left out, and said so."""
     _, folder, _ = finished
@@ -542,7 +544,7 @@ def test_what_an_attack_learns_while_implanting_is_what_it_stamps_at_the_test(ti
     assert (strip["triggered"].min((1, 2, 3)) == int(learned)).all()
 
 
-TAKES_LONG = ("iad", "issba")  # they train networks of their own
+TAKES_LONG = ("iad", "issba", "narcissus")  # they train networks of their own
 
 
 @pytest.mark.parametrize(

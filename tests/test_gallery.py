@@ -49,6 +49,7 @@ def test_the_picture_has_a_row_for_every_attack_that_can_be_stamped(tiny_config,
     assert width > 600 and height > 100 * len(made)
 
 
+@pytest.mark.slow
 def test_a_run_is_drawn_with_the_trigger_that_it_implanted(tiny_config, tmp_path):
     experiment.run(tiny_config({"attack.name": "wanet"}, stages="implant"), str(tmp_path / "run"))
     made, _ = gallery.rows(tiny_config(), ["badnets"], [str(tmp_path / "run")])

@@ -193,7 +193,8 @@ def test_bibau_on_eight_devices_is_bibau_on_one(tiny, tiny_variables, digits):
 
 @pytest.mark.parametrize(
     "name, own",
-    [("wanet", None), pytest.param("iad", (16, 16, 1), marks=pytest.mark.slow), ("enhanced_adap_patch", None)],
+    [("enhanced_adap_patch", None)]
+    + [pytest.param(name, own, marks=pytest.mark.slow) for name, own in (("wanet", None), ("iad", (16, 16, 1)))],
 )
 def test_an_attack_that_takes_a_hand_in_training_takes_it_on_eight_devices_too(tiny, tiny_variables, digits, name, own):
     """What is stamped lies in the first places of the batch, that is on some devices only."""

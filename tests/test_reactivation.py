@@ -197,7 +197,7 @@ class Guarded:
         return outputs(pixels)
 
 
-@pytest.mark.parametrize("gradient", ["queries", "white_box"])
+@pytest.mark.parametrize("gradient", [pytest.param("queries", marks=pytest.mark.slow), "white_box"])
 def test_with_queries_nothing_is_propagated_through_the_purified_model_and_every_image_is_counted(
     gradient, backdoored, hidden, clean_twin
 ):
