@@ -1,8 +1,22 @@
 """The one exception for what a user can put right: it is printed as a single line, never as a traceback."""
 
+MOST = 1000  # characters of a message
+
 
 class UserError(ValueError):
-    """A mistake in the settings, the data or the files at hand; the message is one line that says what to do."""
+    """A mistake in the settings, the data or the files at hand; the message is one line that says what to do.
+
+    Names in it may come from a stranger's file: what a terminal would obey is not shown, and what is long is cut.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(shown(str(message), MOST))
+
+
+def shown(text: str, most: int = 80) -> str:
+    """Text from a file as it may be printed: one line of printable characters, `most` of them."""
+    line = "".join(one if one.isprintable() else " " if one.isspace() else "?" for one in text[: most + 1])
+    return line if len(text) <= most else f"{line[: most - 3]}..."
 
 
 NOT_APPLICABLE = 3  # the program's exit status then

@@ -244,6 +244,62 @@ def test_bombs_are_refused(tmp_path, monkeypatch):
         torch_file.read(as_zip(tmp_path / "long.pth", long))
 
 
+def text(value: bytes) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value
+
+
+def tangle(depth: int) -> dict:
+    """Dictionaries of a thousand names each for the same dictionary one below: as many paths as a thousand to the `depth`."""
+    return {} if not depth else dict.fromkeys((f"k{number}" for number in range(1000)), tangle(depth - 1))
+
+
+def test_small_files_that_would_take_for_ever_are_refused_at_once(tmp_path):
+    path = as_zip(tmp_path / "tangle.pth", pickle.dumps(tangle(4), 2))
+    with pytest.raises(UserError, match="it holds no weights"):
+        torch_file.read(path)
+    # Numbers that are all hashed to 0.
+    colliding = b"".join(b"\x8a\x0c" + ((2**61 - 1) * number).to_bytes(12, "little") + b"N" for number in range(1, 100_000))
+    with pytest.raises(UserError, match="it holds no weights"):
+        torch_file.read(as_zip(tmp_path / "colliding.pth", b"\x80\x02}(" + colliding + b"u."))
+    huge = b"\x8b" + struct.pack("<i", 2**22) + b"\x01" * 2**22
+    reference = b"(" + text(b"storage") + b"ctorch\nFloatStorage\n" + text(b"0") + text(b"cpu") + b"K\x04tQ"
+    shape = b"(" + huge + b"q\x01" + b"h\x01" * 15 + b"t" + b"(" + b"h\x01" * 16 + b"t"
+    rebuilt = b"ctorch._utils\n_rebuild_tensor_v2\n(" + reference + b"K\x00" + shape + b"\x89)tR"
+    with pytest.raises(UserError, match="a number of 33,554,425 bits"):
+        torch_file.read(as_zip(tmp_path / "huge.pth", b"\x80\x02}" + text(b"w") + rebuilt + b"s."))
+
+
+def test_what_a_message_shows_of_a_file_is_short_and_nothing_that_a_terminal_obeys(tmp_path):
+    for module in (b"evil" * 100_000, b"os\x1b[2J\x1b]0;owned\x07\xe2\x80\xae"):
+        path = as_zip(tmp_path / "shown.pth", b"\x80\x04" + text(module) + text(b"system") + b"\x93.")
+        with pytest.raises(UserError, match="the pickle refers to") as caught:
+            torch_file.read(path)
+        assert len(str(caught.value)) < 400 and str(caught.value).isprintable()
+
+
+def test_what_lies_among_the_tensors_and_is_none_is_told(tmp_path):
+    data = tensor((2, 2), (1, 2))
+    there = data[:-2] + text(b"_extra_state") + b"N" + text(b"version") + b"K\x03" + b"u."
+    found = torch_file.read(as_zip(tmp_path / "m.pth", there, **{"0": np.arange(4, dtype="<f4").tobytes()}))
+    assert list(found.arrays) == ["w", "v"] and found.others == ("_extra_state", "version")
+
+
+def test_prefixes_are_taken_off_one_behind_the_other(expected):
+    views = {f"module._orig_mod.{name}": name for name in ("conv.weight", "fc.bias")}
+    found = torch_file._chosen(views, "zip", "", lambda name: name)
+    assert found.prefix == "module._orig_mod." and list(found.arrays) == ["conv.weight", "fc.bias"]
+
+
+def test_tensors_of_objects_that_are_left_out_do_not_damage_a_legacy_file(tmp_path):
+    kept = tensor((2, 2), (1, 2))[2:-1]  # without its protocol and its end
+    inert = b"ccollections\ndefaultdict\nc__builtin__\nlist\n\x85R(" + text(b"x") + tensor((4,), (1,), key="1")[2:-1] + b"u"
+    whole = b"\x80\x02}(" + text(b"state_dict") + kept + text(b"stats") + inert + b"u."
+    path = as_legacy(tmp_path / "m.pth", whole)
+    values = struct.pack("<q", 4) + np.arange(4, dtype="<f4").tobytes()
+    path.write_bytes(path.read_bytes()[: -len(pickle.dumps([], 2))] + pickle.dumps(["0", "1"], 2) + values * 2)
+    assert torch_file.read(path).arrays["w"].tolist() == [[0, 2], [1, 3]]
+
+
 SEEDS = ("zip.pth", "legacy.pth", "checkpoint.pth", "module.pth")
 
 

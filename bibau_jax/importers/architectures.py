@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from bibau_jax import models
-from bibau_jax.errors import UserError, unknown
+from bibau_jax.errors import UserError, shown, unknown
 from bibau_jax.importers import rules
 from bibau_jax.models import Classifier
 
@@ -166,4 +166,4 @@ def _plain(channels: int) -> dict:
 
 def _keys(arrays) -> str:
     more = ", ..." if len(arrays) > SHOWN else ""
-    return f"the file has {', '.join(name[:60] for name in list(arrays)[:SHOWN])}{more}"
+    return f"the file has {', '.join(map(shown, list(arrays)[:SHOWN]))}{more}"

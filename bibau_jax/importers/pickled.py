@@ -8,10 +8,12 @@ refused by name.
 import pickletools
 from typing import Any, NamedTuple
 
-from bibau_jax.errors import UserError
+from bibau_jax.errors import UserError, shown
 
 MOST_OPERATIONS = 2_000_000  # a state dict of a thousand tensors has about fifty thousand
 MOST_DIMENSIONS = 16
+MOST_BITS = 128  # of a number
+LARGEST = 2**63  # size, stride or offset
 
 
 class Name(NamedTuple):
@@ -21,7 +23,7 @@ class Name(NamedTuple):
     name: str
 
     def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
+        return shown(f"{self.module}.{self.name}")
 
 
 class Inert(NamedTuple):
@@ -82,13 +84,14 @@ def refuse(what: str) -> UserError:
     return UserError(f"not read, for safety: {what}")
 
 
-def load(file) -> Any:
+def load(file, storages: dict[str, Stored] | None = None) -> Any:
     """The object of one pickle at the file's position, which ends behind it.
 
-    Plain containers, numbers and strings, `View` for tensors, `Inert` for harmless objects. UserError for anything else, and
-    for a pickle that is cut off, damaged, or endless. `file` must not give more than it holds, whatever it is asked for.
+    Plain containers, numbers and strings, `View` for tensors, `Inert` for harmless objects; of keys that are no strings only
+    their types are kept. UserError for anything else, and for a pickle that is cut off, damaged, or endless. `file` must not
+    give more than it holds, whatever it is asked for. `storages` is given every storage that it refers to.
     """
-    machine = _Machine()
+    machine = _Machine({} if storages is None else storages)
     try:
         for count, (operation, argument, _) in enumerate(pickletools.genops(file)):
             if count > MOST_OPERATIONS:
@@ -109,13 +112,14 @@ def load(file) -> Any:
 class _Machine:
     """The stack machine that pickles are written for, with nothing that could run."""
 
-    def __init__(self):
-        self.stack, self.memo, self.copied = [], {}, 0
+    def __init__(self, storages: dict[str, Stored]):
+        self.stack, self.memo, self.copied, self.storages = [], {}, 0, storages
         push = self.stack.append
         constants = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-        plain = "BININT BININT1 BININT2 LONG1 LONG4 INT LONG BINFLOAT FLOAT BINUNICODE SHORT_BINUNICODE BINUNICODE8 UNICODE"
+        plain = "BININT BININT1 BININT2 BINFLOAT FLOAT BINUNICODE SHORT_BINUNICODE BINUNICODE8 UNICODE"
         plain += " BINBYTES SHORT_BINBYTES BINBYTES8 BINSTRING SHORT_BINSTRING STRING"
         self.operations = {name: push for name in plain.split()}
+        self.operations |= {name: self._number for name in ("LONG1", "LONG4", "INT", "LONG")}
         self.operations |= {name: lambda _, value=value: push(value) for name, value in constants.items()}
         self.operations |= {name: lambda _: None for name in ("PROTO", "FRAME", "STOP")}
         self.operations |= {
@@ -150,8 +154,19 @@ class _Machine:
             "REDUCE": lambda _: push(self._called(*self._take(2))),
             "NEWOBJ": lambda _: push(self._called(*self._take(2))),
             "BUILD": lambda _: self.stack.pop(),  # an object's state: what is inert stays inert
-            "BINPERSID": lambda _: push(_stored(self.stack.pop())),
+            "BINPERSID": lambda _: push(self._stored(self.stack.pop())),
         }
+
+    def _number(self, value: int) -> None:
+        if value.bit_length() > MOST_BITS:  # reckoning with such a one takes for ever
+            raise refuse(f"the pickle has a number of {value.bit_length():,} bits")
+        self.stack.append(value)
+
+    def _stored(self, reference) -> Stored:
+        found = _stored(reference)
+        if self.storages.setdefault(found.key, found) != found:
+            raise ValueError
+        return found
 
     def _take(self, count: int) -> list:
         taken = self.stack[-count:]
@@ -222,9 +237,8 @@ def _pairs(target: dict, values: list) -> dict:
     if len(values) % 2:
         raise ValueError
     for key, value in zip(values[::2], values[1::2], strict=True):
-        if not isinstance(key, str | int | float | bool | None):
-            key = f"a {type(key).__name__}"  # of no use as a name; kept from being hashed
-        target[key] = value
+        # What is no string is of no use as a name, and is kept from being hashed: numbers can be chosen that collide.
+        target[key if isinstance(key, str) else type(key)] = value
     return target
 
 
@@ -283,7 +297,7 @@ def _whole(values) -> tuple[int, ...]:
     """A short tuple of numbers from 0 on; anything else raises."""
     if not isinstance(values, tuple | list) or len(values) > MOST_DIMENSIONS:
         raise ValueError
-    if any(type(v) is not int or v < 0 for v in values):
+    if any(type(v) is not int or not 0 <= v < LARGEST for v in values):
         raise ValueError
     return tuple(values)
 
@@ -292,8 +306,9 @@ def _stored(reference) -> Stored:
     if not isinstance(reference, tuple) or len(reference) < 5 or reference[0] != "storage":
         raise refuse("the pickle refers to something outside itself that is no storage")
     kind, key, size = reference[1], reference[2], reference[4]
-    if not isinstance(kind, Name) or kind.name not in STORAGES or not isinstance(key, str) or type(size) is not int or size < 0:
+    if not isinstance(kind, Name) or kind.name not in STORAGES or not isinstance(key, str):
         raise ValueError
+    (size,) = _whole((size,))
     if len(reference) > 5 and reference[5] is not None:
         raise refuse("its storages are views of others, as versions of PyTorch before 0.4 wrote them")
     return Stored(STORAGES[kind.name], key, size)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bibau_jax.errors import UserError
+from bibau_jax.errors import UserError, shown
 
 Table = Sequence[tuple[str, str]]  # regular expression of a module's, or an array's, whole name -> its path, with groups
 
@@ -196,7 +196,7 @@ def named(variables: dict, names: Table = RESNET_NAMES) -> dict[str, np.ndarray]
 
 def _told(what: str, names: Sequence[str]) -> list[str]:
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return [f"{len(names)} {what} ({', '.join(names[:5])}{more})"] if names else []
+    return [f"{len(names)} {what} ({', '.join(map(shown, names[:5]))}{more})"] if names else []
 
 
 def _shapes(like: dict) -> dict[str, tuple[int, ...]]:

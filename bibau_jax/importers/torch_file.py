@@ -3,6 +3,7 @@
 What is too large, cut off, mislabelled or hostile is refused in one line before it takes memory or time.
 """
 
+import collections
 import hashlib
 import io
 import math
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from bibau_jax.errors import UserError
+from bibau_jax.errors import UserError, shown
 from bibau_jax.importers import pickled
 from bibau_jax.importers.pickled import Inert, Stored, View
 
@@ -25,19 +26,22 @@ LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params")
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
 DEEPEST = 3  # how far within a checkpoint weights are looked for
+MOST_ENTRIES = 200_000  # of its dictionaries that are looked through
+MOST_KEY = 200  # characters of a dictionary's key that leads to weights
 
 
 class Checkpoint(NamedTuple):
     """The weights of a file: arrays by PyTorch's names, in the file's order, and how they lay there.
 
     `container` is the key path of the state dict within the file ("" at the top), `prefix` what was taken off every name,
-    `format` "zip", "legacy" or "safetensors".
+    `format` "zip", "legacy" or "safetensors". `others` names what lay among the tensors and is none.
     """
 
     arrays: dict[str, np.ndarray]
     format: str
     container: str = ""
     prefix: str = ""
+    others: tuple[str, ...] = ()
 
 
 def read(path, container: str | None = None) -> Checkpoint:
@@ -61,9 +65,12 @@ def read(path, container: str | None = None) -> Checkpoint:
 
 
 def sha256(path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """The SHA-256 of a file, in hexadecimal digits; UserError where it cannot be read."""
+    try:
+        with open(Path(path).expanduser(), "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
 
 
 def _read(file, size: int, container: str | None) -> Checkpoint:
@@ -79,9 +86,9 @@ def _read(file, size: int, container: str | None) -> Checkpoint:
         format_ = "legacy"
     else:
         raise UserError(f"it is no PyTorch or safetensors file ({_looks_like(head)})")
-    found, where = _state_dict(tree, container)
+    found, where, others = _state_dict(tree, container)
     _check_sizes(found, size)
-    return _chosen(found, format_, where, load)
+    return _chosen(found, format_, where, load)._replace(others=others)
 
 
 def _looks_like(head: bytes) -> str:
@@ -97,50 +104,67 @@ def _looks_like(head: bytes) -> str:
 
 
 def _chosen(found: dict, format_: str, container: str, load) -> Checkpoint:
-    prefix = next((p for p in PREFIXES if found and all(name.startswith(p) for name in found)), "")
-    return Checkpoint({name[len(prefix) :]: load(value) for name, value in found.items()}, format_, container, prefix)
+    prefix = ""
+    while more := next((p for p in PREFIXES if found and all(name.startswith(prefix + p) for name in found)), ""):
+        prefix += more
+    arrays = {name[len(prefix) :]: load(value) for name, value in found.items()}
+    return Checkpoint(arrays, format_, shown(container), prefix)
 
 
 # --- where in the file the weights are
 
 
-def _state_dict(tree, container: str | None) -> tuple[dict[str, View], str]:
-    """(names and views, key path) of the state dict in a checkpoint; other entries of it are left out."""
-    found = dict(_candidates(tree, "", DEEPEST))
+def _state_dict(tree, container: str | None) -> tuple[dict[str, View], str, tuple[str, ...]]:
+    """(names and views, key path, what is no tensor) of the state dict in a checkpoint."""
+    found = _candidates(tree)
+    where = _which(tree, found, container)
+    views = {name: value for name, value in found[where].items() if isinstance(value, View)}
+    return views, where, tuple(shown(str(name)) for name in found[where] if name not in views)
+
+
+def _which(tree, found: dict, container: str | None) -> str:
+    """The key path of the one that is meant, or the likeliest one."""
     if container is not None:
         if container not in found:
             raise UserError(f'it has no weights under "{container}"; it has them under {_listed(found)}')
-        return found[container], container
+        return container
     if not found:
         if isinstance(tree, Inert):
             raise UserError(f"it holds an object ({tree.kind}) and no weights; {pickled.RESAVE}")
         raise UserError("it holds no weights: no dictionary from names to tensors")
     if "" in found:
-        return found[""], ""
+        return ""
     for name in CONTAINERS:
         named = [where for where in found if where.rsplit(".", 1)[-1] == name]
         if len(named) == 1:
-            return found[named[0]], named[0]
+            return named[0]
     if len(found) == 1:
-        return next((views, where) for where, views in found.items())
-    raise UserError(f"it holds several sets of weights: {_listed(found)}; name one")
+        return next(iter(found))
+    raise UserError(f"it holds several sets of weights: {_listed(found)}; name one (--config.model.container)")
 
 
 def _listed(found) -> str:
-    return ", ".join(f'"{where}"' for where in list(found)[:8]) + (", ..." if len(found) > 8 else "")
+    return ", ".join(f'"{shown(where)}"' for where in list(found)[:8]) + (", ..." if len(found) > 8 else "")
 
 
-def _candidates(tree, where: str, depth: int):
-    """(key path, {name: View}) of every dictionary that holds tensors by name, down to `depth`."""
-    if not isinstance(tree, dict):
-        return
-    views = {key: value for key, value in tree.items() if isinstance(key, str) and isinstance(value, View)}
-    if views and len(views) * 2 >= len(tree):
-        yield where, views
-    elif depth:
-        for key, value in list(tree.items())[:1000]:
-            if isinstance(key, str):
-                yield from _candidates(value, f"{where}.{key}" if where else key, depth - 1)
+def _candidates(tree) -> dict[str, dict]:
+    """{key path: dictionary} of those that hold tensors by name for the most part, down to DEEPEST; each of them once."""
+    found, seen, looked, waiting = {}, set(), 0, collections.deque([("", tree, 0)])
+    while waiting:
+        where, one, depth = waiting.popleft()
+        if not isinstance(one, dict) or id(one) in seen:
+            continue
+        seen.add(id(one))
+        looked += len(one)
+        if looked > MOST_ENTRIES:
+            raise UserError("it holds more entries than any checkpoint")
+        views = sum(isinstance(key, str) and isinstance(value, View) for key, value in one.items())
+        if views and views * 2 >= len(one):
+            found[where] = one
+        elif depth < DEEPEST:
+            inner = [(key, value) for key, value in one.items() if isinstance(key, str) and len(key) <= MOST_KEY]
+            waiting.extend((f"{where}.{key}" if where else key, value, depth + 1) for key, value in inner)
+    return found
 
 
 def _check_sizes(found: dict[str, View], size: int) -> None:
@@ -149,11 +173,11 @@ def _check_sizes(found: dict[str, View], size: int) -> None:
     for name, view in found.items():
         count = math.prod(view.shape)
         if len(view.shape) != len(view.strides):
-            raise UserError(f"{name[:80]} has {len(view.shape)} sizes and {len(view.strides)} strides")
+            raise UserError(f"{shown(name)} has {len(view.shape)} sizes and {len(view.strides)} strides")
         last = view.offset + sum((n - 1) * step for n, step in zip(view.shape, view.strides, strict=True))
         if count and last >= view.storage.size:
             raise UserError(
-                f"{name[:80]} of shape {list(view.shape)} reaches beyond its storage of {view.storage.size} elements"
+                f"{shown(name)} of shape {list(view.shape)} reaches beyond its storage of {view.storage.size} elements"
             )
         total += count * _dtype(view).itemsize
     if total > MOST_EXPANSION * size:
@@ -207,7 +231,7 @@ def _open_zip(file, size: int):
     def load(view: View) -> np.ndarray:
         entry = names.get(f"{folder}data/{view.storage.key}")
         if entry is None:
-            raise UserError(f'storage "{view.storage.key[:40]}" is missing: the file is damaged or cut off')
+            raise UserError(f'storage "{shown(view.storage.key, 40)}" is missing: the file is damaged or cut off')
         return _array(view, archive.read(entry))
 
     return tree, load
@@ -224,19 +248,18 @@ def _open_legacy(file, size: int):
         told = pickled.load(pickles)
         if not isinstance(told, dict) or told.get("little_endian") is not True:
             raise UserError("its numbers are stored big end first, which is not supported")
-        tree, keys = pickled.load(pickles), pickled.load(pickles)
+        sizes: dict[str, Stored] = {}
+        tree, keys = pickled.load(pickles, sizes), pickled.load(pickles)
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
             raise UserError("the pickle is damaged or cut off")
         place, storages = pickles.tell(), {}
-        sizes = _storages(tree)
         for key in keys:
             count = int.from_bytes(whole[place : place + 8], "little")
             if key not in sizes:
                 raise UserError("it holds a storage that no tensor uses: it is damaged")
-            kind, stated = sizes[key]
-            if count != stated:
+            if count != sizes[key].size:
                 raise UserError("a storage is not as long as the pickle says: the file is damaged or cut off")
-            length = count * _dtype(View(Stored(kind, key, count), 0, (), ())).itemsize
+            length = count * _dtype(View(sizes[key], 0, (), ())).itemsize
             if place + 8 + length > size:
                 raise UserError("it is cut off")
             storages[key] = (place + 8, length)
@@ -252,19 +275,6 @@ def _open_legacy(file, size: int):
             return _array(view, again.read(length))
 
     return tree, load
-
-
-def _storages(tree) -> dict[str, tuple[str, int]]:
-    """{key: (element type, elements)} of every storage that the object's tensors use."""
-    found, seen, waiting = {}, set(), [tree]
-    while waiting:
-        one = waiting.pop()
-        if isinstance(one, View):
-            found[one.storage.key] = (one.storage.kind, one.storage.size)
-        elif isinstance(one, dict | list | tuple) and id(one) not in seen:
-            seen.add(id(one))
-            waiting.extend(one.values() if isinstance(one, dict) else one)
-    return found
 
 
 def _safetensors(file, size: int) -> dict[str, np.ndarray]:
