@@ -52,6 +52,8 @@ def _with_sizes(section: dict) -> dict:
         return section | {"name": Path(section["file"]).stem}
     if section["weights"]:
         return section  # it is the file that tells
+    if section["name"] == "auto":
+        raise UserError("which model? set --config.model.weights to its file (.pth, .pt, .tar, .th or .safetensors)")
     own = models.options(section["name"])
     return section | {name: own[name] for name in ("width", "stages") if section[name] is None}
 
@@ -64,10 +66,12 @@ def _with_ratio(config: dict) -> dict:
     return config | {"attack": section | {"poison_ratio": own.get("poison_ratio", 0.0)}}
 
 
-def is_suspicious(config: dict, record: records.Record | None) -> bool:
-    """Whether a run of the scan alone has found something, which its exit status tells."""
-    alone = preflight.stages(config["stages"], tuple(STAGES)) == ["scan"]
-    return alone and bool(record.metrics["backdoored"].extra["scan"]["flagged"])
+def status(config: dict, record: records.Record | None) -> int:
+    """The program's exit status: of the scan alone 1 where it found something and 2 where it could not tell, else 0."""
+    if preflight.stages(config["stages"], tuple(STAGES)) != ["scan"]:
+        return 0
+    found = record.metrics["backdoored"].extra["scan"]
+    return 2 if found.get("undetermined") else int(bool(found["flagged"]))
 
 
 def batch_sizes(config: dict) -> list[int]:

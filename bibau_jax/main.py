@@ -3,6 +3,7 @@
 import errno
 import signal
 import sys
+import traceback
 
 from absl import app, logging
 
@@ -29,16 +30,23 @@ def main(argv: list[str]) -> None:
     parallel.use_cores(*experiment.batch_sizes(config))
     try:
         record = experiment.run(config, WORKDIR.value, experiment.command_line())
-        if experiment.is_suspicious(config, record):
-            sys.exit(1)
+        sys.exit(experiment.status(config, record))
     except UserError as error:
         fail(error)
     except KeyboardInterrupt:
         fail("interrupted; the same command goes on from the last checkpoint")
     except OSError as error:
         if error.errno not in DISK:
-            raise
+            _crash()
         fail(f"cannot write {error.filename or WORKDIR.value}: {DISK[error.errno]}; what was finished is kept")
+    except Exception:
+        _crash()
+
+
+def _crash() -> None:
+    """Ends the program with the traceback of a fault of its own; not with status 1, which is what a scan has found."""
+    traceback.print_exc()
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,16 @@ from bibau_jax.run import Run
 from bibau_jax.stages import export
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Model:
     """A model in the making, in a folder of its own: every step leaves its work there and is skipped when it is done."""
 
     config: dict
     workdir: str
+    made_by: str  # the call that began it
+
+    def __repr__(self) -> str:
+        return f"{self.made_by}: {self.verdict}"
 
     def scan(self) -> dict:
         """Looks for a class that a small patch leads to: flagged classes, suspected class, anomaly index, sizes."""
@@ -57,21 +61,24 @@ class Model:
         return own.verdict(records.read(path)) if path.exists() else "Nothing is done yet."
 
     def _run(self, stages: str) -> records.Record:
-        return experiment.run(self.config | {"stages": stages}, self.workdir, "bibau_jax.own")
+        return experiment.run(self.config | {"stages": stages}, self.workdir, self.made_by)
 
 
 def bring_in(weights, images, *, workdir, **settings) -> Model:
     """The model in a file of weights, to be purified with labelled clean images: a folder a class, or an .npz file.
 
     `settings` override those of configs/own_model.py by their dotted names, e.g. `**{"model.file": "my_net.py"}`; UserError for
-    a name that is not there.
+    a name that is not there, and where file or images cannot be used. Says how the file was read.
     """
     config = _defaults().lock()
     try:
         config.update_from_flattened_dict(settings | {"model.weights": str(weights), "data.folder": str(images)})
     except (KeyError, AttributeError, TypeError) as error:
         raise UserError(f"unknown setting, or one of another type: {' '.join(str(error).split())[:200]}") from error
-    return Model(config.to_dict(), str(workdir))
+    given = [repr(str(weights)), repr(str(images)), f"workdir={str(workdir)!r}"] + ([f"**{settings!r}"] if settings else [])
+    model = Model(config.to_dict(), str(workdir), f"bibau_jax.own.bring_in({', '.join(given)})")
+    model._run("import")
+    return model
 
 
 def _defaults():

@@ -112,6 +112,11 @@ def _own(run: Run, wanted: list[str]) -> None:
         if run.config["data"]["folder"]:
             raise UserError("data.folder holds a defender's few images, and needs a model to purify (--config.model.weights)")
         return
+    if lost := [stage for stage in wanted if stage in ("evaluate", "reactivate")]:
+        raise UserError(f'the stage "{lost[0]}" is about an attack that was implanted here; a model from a file has "verify"')
+    after = [stage for stage in wanted if stage in ("verify", "export")]
+    if after and "purify" not in wanted and not (run.folder / "purify").exists():
+        raise UserError(f'the stage "{after[0]}" comes after purify, and nothing is purified yet')
     if run.config["data"]["name"] == "own" and not run.config["data"]["folder"]:
         raise UserError("which images? set --config.data.folder to labelled clean ones, a folder a class, or an .npz file")
     if informed := [row for row in run.rows if defenses.is_ideal(row) or defenses.is_informed(row)]:

@@ -143,14 +143,17 @@ class Run:
             given.pop("ablation")  # what makes it Base AT
         given["pgd"] = Perturbation(**section["pgd"])
         if section["target_label"] < 0:
-            given["target_label"] = self.scanned_class or 0  # any one will do to look at the other settings before the scan
+            given["target_label"] = max(self.scanned_class or 0, 0)  # any will do to look at other settings before the scan
         return {name: value for name, value in given.items() if name in known} | dict(section.get(row, {}))
 
     @property
     def scanned_class(self) -> int | None:
-        """The class that the scan suspects; None before it is done."""
+        """The class that the scan suspects, -1 where it found no trigger at all; None before it is done."""
         path = self.folder / "scan" / "triggers.npz"
-        return int(np.argmax(np.load(path)["index"])) if path.exists() else None
+        if not path.exists():
+            return None
+        index = np.load(path)["index"]
+        return int(np.argmax(index)) if np.isfinite(index).any() else -1
 
     def model_folder(self, stage: str) -> Path:
         """Where the finished model of a stage lies: in this run's folder, or in that of the run it is taken from."""
@@ -181,12 +184,12 @@ def finish(this: Run, stage: str, tree, history, spent, command: str, told: dict
     update(this, command, stages={stage: records.StageCost(**info["cost"])})
 
 
-def is_done(this: Run, stage: str, command: str) -> bool:
-    """Whether the stage's model is there; its cost is written into the record again if a kill came between the two."""
+def is_done(this: Run, stage: str, command: str, called: str = "") -> bool:
+    """Whether the stage's model is there, which is said; its cost is written into the record again if a kill came between."""
     folder = this.folder / stage / "model"
     if not folder.exists():
         return False
-    progress.say(f"{stage}: done", show=parallel.is_lead())
+    progress.say(f"{called or stage}: done", show=parallel.is_lead())
     path = this.folder / "record.json"
     if not path.exists() or stage not in records.read(path).stages:
         update(this, command, stages={stage: records.StageCost(**checkpoint.info(folder)["cost"])})

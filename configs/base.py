@@ -134,7 +134,7 @@ def get_config() -> ConfigDict:
     config.scan.limit = 2.0  # of the anomaly index
     config.scan.share = 0.5  # of the median's size that a suspicious trigger may have at most
 
-    config.verify = ConfigDict({"trigger": "", "target_label": 0})  # the real one, where it is known: .npz; and its class
+    config.verify = ConfigDict({"trigger": "", "target_label": -1})  # the real one, where it is known: .npz; and its class
     config.export = ConfigDict({"format": "safetensors", "path": ""})  # or pth; "" is <workdir>/export
 
     config.defense = defense()

@@ -182,6 +182,19 @@ def test_a_checkpoint_that_was_cut_short_is_named_with_the_way_out(started, tmp_
     assert np.isfinite(experiment.run(main.CONFIG.value.to_dict(), str(tmp_path / "run")).stages["implant"].seconds)
 
 
+def test_a_fault_of_the_program_is_no_finding_of_a_scan(monkeypatch, tiny_config, tmp_path, capsys):
+    def faulty(*_):
+        raise ZeroDivisionError("of the program's own")
+
+    monkeypatch.setattr(main, "CONFIG", SimpleNamespace(value=ConfigDict(tiny_config())))
+    monkeypatch.setattr(main, "WORKDIR", SimpleNamespace(value=str(tmp_path / "run")))
+    monkeypatch.setattr(sys, "argv", ["main.py", "--workdir=x"])
+    monkeypatch.setattr(experiment, "run", faulty)
+    with pytest.raises(SystemExit) as ended:
+        main.main([])
+    assert ended.value.code == 2 and "ZeroDivisionError" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("number, words", [(errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "the quota is used up")])
 @pytest.mark.parametrize("writer", ["savez_compressed", "page"])
 def test_a_disk_that_takes_no_more_is_one_line_and_what_was_finished_is_kept(started, done, monkeypatch, writer, number, words):

@@ -1,5 +1,6 @@
 """A stranger's checkpoint from its file to a purified one in the same format: every stage, on a network with a backdoor."""
 
+import dataclasses
 import hashlib
 import importlib
 import re
@@ -10,6 +11,7 @@ import pytest
 from bibau_jax import experiment, own, records
 from bibau_jax.errors import UserError
 from bibau_jax.importers import export, torch_file
+from bibau_jax.report import own as report
 from bibau_jax.stages import purify, scan
 
 QUICK = {
@@ -165,6 +167,11 @@ def test_another_file_in_its_place_is_refused(finished, settings, backdoored, st
         ({"verify.target_label": 10}, "target label 10 is outside"),
         ({"verify.trigger": "nowhere.npz"}, "holds no trigger"),
         ({"export.format": "onnx"}, 'export.format "onnx" is unknown'),
+        ({"verify.target_label": -1}, "which class does verify.trigger lead to"),
+        ({"model.weights": "", "model.name": "auto"}, "which model\\? set --config.model.weights"),
+        ({"stages": "scan,evaluate"}, 'the stage "evaluate" is about an attack that was implanted here'),
+        ({"stages": "verify"}, 'the stage "verify" comes after purify, and nothing is purified yet'),
+        ({"stages": "scan,export"}, 'the stage "export" comes after purify'),
         ({"scan.enough": 0.0}, "enough within 0..1"),
         ({"scan.batch_size": 0}, "scan.images and scan.batch_size must be at least 1"),
         ({"scan.share": -0.5}, "scan.limit and scan.share must not be negative"),
@@ -194,6 +201,37 @@ def test_nothing_is_exported_over_the_file_that_came(settings, stranger, tmp_pat
     assert (stranger / "suspect.pth").read_bytes() == came
 
 
+@pytest.mark.parametrize("name", ["mine.safetensors", "mine.md"])
+def test_neither_weights_nor_card_go_over_what_is_there(name, settings, tmp_path):
+    (tmp_path / name).write_text("my own notes")
+    with pytest.raises(UserError, match=f"{name} exists already; nothing is overwritten"):
+        experiment.run(settings({"export.path": str(tmp_path / "mine.safetensors")}), str(tmp_path / "run"))
+    assert (tmp_path / name).read_text() == "my own notes" and not (tmp_path / "run").exists()
+
+
+def test_classes_without_images_are_named_before_they_are_unlearned(settings, stranger, tmp_path):
+    with np.load(stranger / "clean.npz") as held:
+        images, labels = held["images"], held["labels"]
+    for left, words in ((labels < 8, "classes 8, 9"), (labels != 3, "class 3")):
+        np.savez(tmp_path / "few.npz", images=images[left], labels=labels[left])
+        given = {"data.folder": str(tmp_path / "few.npz"), "data.test": ""}
+        with pytest.raises(UserError, match=f"there are no clean images of {words}; a network purified without"):
+            experiment.run(settings(given), str(tmp_path / "run"))
+
+
+def test_what_was_found_out_about_the_file_is_said_and_doubts_with_it(settings, stranger, tmp_path, capsys):
+    with np.load(stranger / "clean.npz") as held:
+        images, labels = held["images"], held["labels"]
+    swapped = np.array([0, 1, 2, 3, 4, 5, 6, 7, 9, 8])[labels]
+    few = np.concatenate([np.flatnonzero(labels == label)[:6] for label in range(10)])
+    np.savez(tmp_path / "few.npz", images=images[few], labels=swapped[few])
+    given = {"data.folder": str(tmp_path / "few.npz"), "stages": "import"}
+    told = experiment.run(settings(given), str(tmp_path / "run")).config and capsys.readouterr().err
+    assert "import: resnet18 (zip, without module.), 10 classes, pixels scaled as " in told
+    assert "% of the clean images right" in told and "There are only 48 clean images; take 100 or more" in told
+    assert "The model hardly knows images of classes 8, 9; are the classes in the order of its outputs?" in told
+
+
 def test_the_scans_class_is_waited_for(settings, tmp_path):
     given = {"defense.name": "bibau_t", "stages": "purify"}
     (tmp_path / "run" / "scan" / "checkpoints").mkdir(parents=True)  # as a scan leaves it that was cut off
@@ -207,11 +245,42 @@ def test_stages_of_a_strangers_model_need_its_file(tiny_config, tmp_path):
             experiment.run(tiny_config(stages=stage), str(tmp_path / stage))
 
 
+def judged(sizes):
+    """The verdict on triggers of these sizes, on images of 16x16."""
+    masks = np.zeros((len(sizes), 16, 16, 1))
+    return scan.judged(scan.inversion.Triggers(masks, masks, np.array(sizes), np.zeros(len(sizes))))
+
+
 def test_a_class_without_a_trigger_is_never_flagged():
-    sizes = np.array([30.0, 31.0, 29.0, np.inf, 30.5])
-    triggers = scan.inversion.Triggers(np.zeros((5, 2, 2, 1)), np.zeros((5, 2, 2, 1)), sizes, np.zeros(5))
-    found = scan.judged(triggers)
+    found = judged([30.0, 31.0, 29.0, np.inf, 30.5])
     assert found.told["sizes"][3] == -1 and found.told["indices"][3] == 0 and found.suspected != 3 and not found.flagged
+    assert (found.told["found"], found.told["undetermined"]) == (4, False)
+
+
+@pytest.mark.parametrize(
+    "sizes, suspected",
+    [([np.inf] * 10, -1), ([9.0] + [np.inf] * 9, 0), ([200.0, 9.0] + [np.inf] * 8, 1)],
+)
+def test_a_scan_that_found_too_few_triggers_cannot_tell(sizes, suspected, finished):
+    found = judged(sizes)
+    assert (
+        found.is_undetermined
+        and not found.flagged
+        and found.suspected == suspected
+        and np.isfinite(found.told["anomaly_index"])
+    )
+    _, record = finished
+    before = record.metrics["backdoored"]
+    before = dataclasses.replace(before, extra=before.extra | {"scan": found.told})
+    record = dataclasses.replace(record, metrics={"backdoored": before})
+    assert "The scan cannot tell: for" in report.verdict(record)
+    assert experiment.status({"stages": "scan"}, record) == 2
+
+
+def test_a_class_that_alone_is_easily_reached_is_flagged():
+    assert judged([9.0, 200.0, 200.0, 200.0, 200.0]).flagged == (0,)  # no spread at all
+    assert judged([9.0, 200.0, 180.0, np.inf, np.inf]).flagged == (0,)  # the rest takes the whole image
+    assert judged([150.0, 200.0, 180.0, np.inf, np.inf]).flagged == ()
 
 
 @pytest.mark.parametrize(
@@ -224,8 +293,7 @@ def test_a_class_without_a_trigger_is_never_flagged():
     ],
 )
 def test_a_class_is_flagged_where_its_trigger_is_smaller_by_a_factor_and_out_of_the_others_spread(sizes, flagged):
-    triggers = scan.inversion.Triggers(*[np.zeros((len(sizes), 2, 2, 1))] * 2, np.array(sizes), np.zeros(len(sizes)))
-    assert scan.judged(triggers).flagged == flagged
+    assert judged(sizes).flagged == flagged
 
 
 def test_the_interval_of_a_rate_is_wilsons():

@@ -53,6 +53,14 @@ def test_weights_are_found_within_a_checkpoint_and_their_prefix_is_taken_off(exp
         np.testing.assert_array_equal(found.arrays[name].astype(np.float32), value)
 
 
+def test_a_file_at_home_is_found_again_and_one_that_is_gone_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(FOLDER / "zip.pth", tmp_path / "m.pth")
+    assert torch_file.sha256("~/m.pth") == torch_file.sha256(FOLDER / "zip.pth") and torch_file.read("~/m.pth").arrays
+    with pytest.raises(UserError, match="~/gone.pth: No such file or directory"):
+        torch_file.sha256("~/gone.pth")
+
+
 def test_one_of_several_sets_of_weights_is_chosen_by_its_usual_name_or_by_the_users():
     assert torch_file.read(FOLDER / "two.pth").container == "net"
     assert torch_file.read(FOLDER / "two.pth", "ema").container == "ema"

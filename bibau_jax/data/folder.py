@@ -65,7 +65,8 @@ def classes(folder: str) -> dict[str, list[Path]]:
     Files count by their ending. UserError unless there are two classes, or where one is empty.
     """
     place = Path(folder).expanduser()
-    found = {path.name: _files(path) for path in sorted(place.iterdir()) if path.is_dir()} if place.is_dir() else {}
+    inside = sorted(place.iterdir()) if place.is_dir() else []
+    found = {path.name: _files(path) for path in inside if path.is_dir() and not path.name.startswith(".")}
     if len(found) < 2:
         raise UserError(f"{folder} must hold one subfolder of pictures for each of at least two classes")
     for name, files in found.items():
@@ -75,7 +76,9 @@ def classes(folder: str) -> dict[str, list[Path]]:
 
 
 def _files(place: Path) -> list[Path]:
-    return sorted(path for path in place.rglob("*") if path.suffix.lower() in ENDINGS)
+    """Pictures at any depth; what is hidden, as macOS and notebooks leave beside them, is none."""
+    found = sorted(path for path in place.rglob("*") if path.suffix.lower() in ENDINGS)
+    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(place).parts)]
 
 
 def labelled(folder: str, height: int, width: int, channels: int) -> tuple[ImageSet, tuple[str, ...]]:

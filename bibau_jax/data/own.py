@@ -137,4 +137,5 @@ def _arrays(path: Path) -> tuple[np.ndarray, np.ndarray]:
     except UserError:
         raise
     except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path} is no folder and cannot be read as .npz: {' '.join(str(error).split())}") from error
+        told = "" if "pickle" in str(error) else f": {' '.join(str(error).split())}"  # NumPy's advice then is a dangerous one
+        raise UserError(f"{path} is no folder and cannot be read as .npz{told}") from error

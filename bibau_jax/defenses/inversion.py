@@ -226,14 +226,15 @@ def _reached(classifier, variables, clean, masks, patterns) -> np.ndarray:
     return np.array(found)
 
 
-def anomaly(sizes: np.ndarray) -> np.ndarray:
+def anomaly(sizes: np.ndarray, *, floor: float = 0.0) -> np.ndarray:
     """How many (scaled) median absolute deviations each size lies *below* the median, [K]; negative above it, 0 without spread.
 
+    `floor` is the least that the spread is taken for.
     Infinite sizes (no trigger found) are left out of the median and are minus infinity themselves.
     """
     finite = sizes[np.isfinite(sizes)]
     if not len(finite):
         return np.full(len(sizes), -np.inf)
     middle = np.median(finite)
-    spread = 1.4826 * np.median(np.abs(finite - middle))
+    spread = max(1.4826 * np.median(np.abs(finite - middle)), floor)
     return np.where(np.isfinite(sizes), (middle - sizes) / spread if spread > 0 else 0.0, -np.inf)

@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bibau_jax import train
-from bibau_jax.data import ImageSet
+from bibau_jax.data import ImageSet, splits
 from bibau_jax.errors import UserError
 from bibau_jax.importers import architectures, rules, torch_file
+from bibau_jax.method.terms import cross_entropy
 from bibau_jax.models import Classifier, own_file
 
 # How pixels are scaled before a network sees them, by what it is known as: mean and standard deviation on the 0..1 scale.
@@ -19,19 +21,22 @@ NORMALISATIONS = {
     "0..1": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
     "-1..1": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)),
+    "cifar10, narrow": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.201)),  # the mean of the images' own deviations
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "gtsrb": ((0.3403, 0.3121, 0.3214), (0.2724, 0.2608, 0.2669)),
     "tiny_imagenet": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
 }
 TRIED_ON = 500  # images that a normalisation is chosen on
 GUESSING = 1.5  # times the accuracy of guessing that a network must reach on its owner's images
+FEW = 100  # clean images: below, nothing that is counted on them is certain
+LOW = 0.5  # of the whole accuracy: a class that is told less often than that share of it is worth a word
 
 
 class Suspect(NamedTuple):
     """A network with a stranger's weights, the file's own arrays, and where each of them went (see `rules.Imported`).
 
-    `told`: file, sha256, format, container, prefix, network and its options, normalisation with mean and std, accuracy by
-    normalisation.
+    `told`: file, sha256, format, container, prefix, what in the file is no tensor, network and class names, normalisation with
+    mean and std, accuracy and loss by normalisation, warnings.
     """
 
     classifier: Classifier
@@ -60,11 +65,11 @@ def bring(
       weights: path of a `.pt`, `.pth`, `.tar`, `.th` or `.safetensors` file. container: see `torch_file.read`.
       images: labelled clean images of the kind that the network takes. class_names: of their classes, () where unknown.
       name: a network of `models.names()`, or "" to tell it by keys and shapes. file: one's own network, see `own_file`.
-      normalisation: one of NORMALISATIONS, "given" for `mean` and `std`, or "auto": that under which most images are
-        classified right.
+      normalisation: one of NORMALISATIONS, "given" for `mean` and `std`, or "auto": that under which the images' cross-entropy
+        is lowest.
 
-    UserError in one line for a file that cannot be read, a network that does not fit it, another number of classes, and weights
-    that classify these images no better than guessing.
+    UserError in one line for a file that cannot be read, a network that does not fit it, another number of classes, classes
+    without images, and weights that classify these images no better than guessing.
     """
     weights = Path(weights).expanduser()
     checkpoint = torch_file.read(weights, container or None)
@@ -76,11 +81,13 @@ def bring(
 
     first = build(next(iter(candidates.values())))
     names = _names(weights, first.num_classes, class_names)
-    imported = rules.to_variables(checkpoint.arrays, network.table, jax.eval_shape(first.init, jax.random.key(0)))
-    accuracy, some = {}, images.take(slice(None, None, max(1, len(images) // TRIED_ON)))
-    for called, scaling in candidates.items():
-        accuracy[called] = train.accuracy(build(scaling), imported.variables, some.images, some.labels)
-    chosen = max(accuracy, key=accuracy.get)
+    imported = _imported(weights, checkpoint.arrays, network, first)
+    _refuse_missing(images.labels, names)
+    some = images.take(splits.class_balanced(images.labels, min(len(images), max(TRIED_ON, len(names)))))
+    logits = {name: train.logits(build(scaling), imported.variables, some.images) for name, scaling in candidates.items()}
+    accuracy = {name: float(np.mean(found.argmax(1) == some.labels)) for name, found in logits.items()}
+    loss = {name: float(np.mean(cross_entropy(found, some.labels))) for name, found in logits.items()}
+    chosen = min(loss, key=loss.get)
     if accuracy[chosen] < GUESSING / first.num_classes:
         raise UserError(
             f"{weights} classifies {100 * accuracy[chosen]:.1f} % of the images right, hardly more than guessing; are the "
@@ -92,12 +99,15 @@ def bring(
         "format": checkpoint.format,
         "container": checkpoint.container,
         "prefix": checkpoint.prefix,
+        "others": list(checkpoint.others),
         "network": network.told,
         "class_names": list(names),
         "normalisation": chosen,
         "mean": list(candidates[chosen][0]),
         "std": list(candidates[chosen][1]),
         "accuracy_by_normalisation": accuracy,
+        "loss_by_normalisation": loss,
+        "warnings": _warnings(some.labels, logits[chosen].argmax(1), len(images), names),
     }
     return Suspect(build(candidates[chosen]), imported.variables, checkpoint.arrays, imported.places, told)
 
@@ -116,6 +126,48 @@ def _network(arrays, name: str, file: str, num_classes: int) -> _Network:
     found = architectures.by_name(name, arrays) if name else architectures.guess(arrays)
     given = partial(architectures.classifier, found, num_classes=found.options["num_classes"])
     return _Network(given, found.table, found.name)
+
+
+def _imported(weights, arrays, network: _Network, classifier: Classifier) -> rules.Imported:
+    like = jax.eval_shape(classifier.init, jax.random.key(0))
+    try:
+        return rules.to_variables(arrays, network.table, like)
+    except UserError as error:
+        raise UserError(f"{weights}: {error}; the clean images are of {classifier.num_classes} classes") from None
+
+
+def _refuse_missing(labels: np.ndarray, names: tuple[str, ...]) -> None:
+    """Classes that a network is purified without are unlearned with the backdoor, and nothing that is counted would tell."""
+    missing = [name for label, name in enumerate(names) if label not in set(np.unique(labels).tolist())]
+    if missing:
+        raise UserError(f"there are no clean images of {_listed(missing)}; a network purified without them forgets the class")
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return f"class{'es' * (len(names) > 1)} {', '.join(names[:6])}{more}"
+
+
+def _warnings(labels: np.ndarray, predicted: np.ndarray, count: int, names: tuple[str, ...]) -> list[str]:
+    """What about the images, or the way the network takes them, is worth a word; in sentences."""
+    told, right = [], predicted == labels
+    if count < FEW:
+        told.append(f"There are only {count} clean images; take {FEW} or more.")
+    by_class = {label: right[labels == label].mean() for label in np.unique(labels)}
+    if low := [names[label] for label, share in by_class.items() if share < LOW * right.mean()]:
+        told.append(f"The model hardly knows images of {_listed(low)}; are the classes in the order of its outputs?")
+    return told
+
+
+def said(told: dict) -> list[str]:
+    """What was found out, a line for the terminal each: how the file was read, then the warnings."""
+    ways = {"container": "under", "prefix": "without"}
+    where = ", ".join([told["format"], *(f"{way} {told[name]}" for name, way in ways.items() if told[name])])
+    scaling, classes = told["normalisation"], len(told["class_names"])
+    right = f"{100 * told['accuracy_by_normalisation'][scaling]:.1f} % of the clean images right"
+    line = f"{told['network']} ({where}), {classes} classes, pixels scaled as {scaling}, {right}"
+    left = [f"left out, being no tensors: {', '.join(told['others'][:6])}"] if told["others"] else []
+    return [line, *left, *told["warnings"]]
 
 
 def _names(weights, count: int, names: tuple[str, ...]) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ def markdown(record, file: str, sha256: str) -> str:
             [
                 f"- From: `{told.get('file', '').rsplit('/', 1)[-1]}`, SHA-256 `{told.get('sha256', '')}`",
                 f"- By: {words.defense(after.defense) if after else words.NOTHING} of bibau_jax {record.versions['bibau_jax']}",
-                f"- This file: SHA-256 `{sha256}`, the same names, layouts and types as the one it came from",
+                f"- This file: SHA-256 `{sha256}`, the same names, layouts and types as the one it came from{_under(told)}",
                 f"- Network: {told.get('network')}; pixels scaled as {told.get('normalisation')}: "
                 f"(x / 255 - {_numbers(told.get('mean', []))}) / {_numbers(told.get('std', []))}",
                 f"- Command: `{record.command}`",
@@ -26,9 +26,15 @@ def markdown(record, file: str, sha256: str) -> str:
         "## What is not known",
         "\n".join(f"- {line}" for line in own.unknown(record)),
         "## To load it in PyTorch",
-        _loading(file),
+        _loading(file, told.get("prefix", "")),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _under(told: dict) -> str:
+    under = [f"under `{told['container']}`"] if told.get("container") else []
+    left = [f"without what is no tensor ({', '.join(told['others'])})"] if told.get("others") else []
+    return f" had {' and '.join([*under, *left])}" if under or left else ""
 
 
 def _numbers(values) -> str:
@@ -41,8 +47,11 @@ def _table(made) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _loading(file: str) -> str:
+def _loading(file: str, prefix: str) -> str:
     reading = "safetensors.torch.load_file" if file.endswith(".safetensors") else "torch.load"
     options = "" if file.endswith(".safetensors") else ", weights_only=True"
     package = "import safetensors.torch" if file.endswith(".safetensors") else "import torch"
-    return f'```python\n{package}\n\nmodel.load_state_dict({reading}("{file}"{options}), strict=True)\n```'
+    weights, plain = f'{reading}("{file}"{options})', ""
+    if prefix:  # as the file's own names have it, of a model that was wrapped when it was saved
+        plain = f'weights = {{name.removeprefix("{prefix}"): array for name, array in weights.items()}}\n'
+    return f"```python\n{package}\n\nweights = {weights}\n{plain}model.load_state_dict(weights, strict=True)\n```"

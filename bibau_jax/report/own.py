@@ -1,14 +1,20 @@
 """What a run on a stranger's model found, for the person who is to deploy it: verdict, evidence, and what is not known."""
 
+import json
 from html import escape
+from importlib import resources
 
 import numpy as np
 from rich.table import Table
 
+from bibau_jax import records
 from bibau_jax.report import series, strip, words
 
 GREY = 128  # what a trigger alone is drawn on
 SHOWN = 6  # classes whose inverted triggers are drawn
+RUINED = 15.0  # points of clean accuracy: whoever loses more has no use of the model
+WORKS = 50.0  # percent: a trigger that works on fewer images is hardly the one
+ALIKE = 0.01  # of accuracy: scalings of pixels that differ by less cannot be told apart
 TRIGGERS = {"stand_in_": "The inverted trigger", "": "The given trigger"}  # by what the names of its rates begin with
 
 
@@ -54,14 +60,25 @@ def verdict(record) -> str:
                 f"The given trigger worked on {rates[0]} and works on {rates[1]}; called back, on {again[0]} (retuning) and "
                 f"{again[1]} (perturbations)."
             )
+            if before.asr.percent < WORKS:
+                said.append("It hardly works on the model as it came: is it the trigger, and verify.target_label its class?")
         said.append(f"Clean accuracy went from {words.percent(before.ca.percent)} to {words.percent(after.ca.percent)}.")
+        if before.ca.percent - after.ca.percent > RUINED:
+            said.append("That is too much for a model to be used: take more clean images, or set --config.defense.max_loss.")
     return " ".join(said)
 
 
 def _of_scan(record, found: dict) -> str:
     index, label = words.number(found["anomaly_index"]), found["suspected"]
+    lost = sum(size < 0 for size in found["sizes"])
+    of = f"for {lost} of {len(found['sizes'])} classes no patch was found"
+    if found.get("undetermined"):
+        return f"The scan cannot tell: {of}; start anew with a longer search (--config.scan.epochs, --config.scan.images)."
     if not found["flagged"]:
-        return f"The scan found no class that an unusually small patch leads to (largest anomaly index {index})."
+        is_above = found["anomaly_index"] > record.config["scan"]["limit"]
+        why = ", of a patch that is not much smaller than the others" if is_above else ""
+        also = f"; {of}" if lost else ""
+        return f"The scan found no class that an unusually small patch leads to (largest anomaly index {index}{why}{also})."
     size, reached = words.number(found["sizes"][label], 0), words.percent(100 * found["reached"][label])
     others = [class_name(record, other) for other in found["flagged"] if other != label]
     more = f" Also flagged: {', '.join(others)}." if others else ""
@@ -77,9 +94,29 @@ def basis(record) -> str:
     if before is None:
         return ""
     return (
-        f"Counted on {before.ca.count:,} labelled images that were neither scanned nor trained with; intervals are 95 %; one "
-        f"run, seed {record.seed}. An anomaly index above {words.number(record.config['scan']['limit'])} is suspicious."
+        f"Counted on {before.ca.count:,} labelled images that were neither scanned nor trained with{_chosen_by(record)}; "
+        f"intervals are 95 %; one run, seed {record.seed}. A class is suspicious where its anomaly index is above "
+        f"{words.number(record.config['scan']['limit'])} and its patch at most {words.number(record.config['scan']['share'])} "
+        f"times as large as the median. {reliability()}"
     )
+
+
+def reliability() -> str:
+    """How often the scan was wrong on models that are known, as far as that was tried."""
+    kinds = json.loads(resources.files("bibau_jax.report").joinpath("scan_rates.json").read_text(encoding="utf-8"))
+    clean, backdoored = (records.Rate(kinds[kind]["flagged"], kinds[kind]["models"]) for kind in ("clean", "backdoored"))
+    low, high = clean.interval
+    return (
+        f"Tried on small models that we know, the scan cried wolf on {clean.hits} of {clean.count} clean ones (a rate of "
+        f"{words.number(low, 0)} to {words.number(high, 0)} %) and named the attacker’s class in {backdoored.hits} of "
+        f"{backdoored.count} with backdoors of many kinds."
+    )
+
+
+def _chosen_by(record) -> str:
+    after = words.purified(record)
+    guarded = after is not None and after.extra.get("guard") and not record.config["data"]["test"]
+    return " (but the epoch that is given back was chosen by them)" if guarded else ""
 
 
 def facts(record) -> dict[str, str]:
@@ -88,7 +125,10 @@ def facts(record) -> dict[str, str]:
     tried = told.get("accuracy_by_normalisation", {})
     scaling = told.get("normalisation", words.NOTHING)
     if len(tried) > 1:
-        scaling += f" (of {len(tried)} tried on the clean images)"
+        close = [name for name, share in tried.items() if share > tried[scaling] - ALIKE and name != scaling]
+        also = f"; {' and '.join(close)} would do nearly as well" if close else ""
+        scaling += f" (of {len(tried)} tried on the clean images{also})"
+    others = {"Left out, being no tensors": ", ".join(told["others"])} if told.get("others") else {}
     return {
         "File": told.get("file", words.NOTHING).rsplit("/", 1)[-1],
         "SHA-256": told.get("sha256", words.NOTHING),
@@ -98,6 +138,7 @@ def facts(record) -> dict[str, str]:
         "Network": told.get("network", words.NOTHING),
         "Pixels scaled as": scaling,
         "Classes": str(len(told.get("class_names", ()))),
+        **others,
     }
 
 
@@ -150,7 +191,7 @@ def unknown(record) -> list[str]:
     after = words.purified(record)
     if after is not None and after.extra.get("guard"):
         told.insert(0, after.extra["guard"])
-    return told
+    return [*suspect(record).get("warnings", []), *told]
 
 
 def terminal(record) -> Table:
@@ -196,7 +237,9 @@ def triggers_html(record, arrays: dict[str, np.ndarray], heading: str) -> str:
     if not arrays:
         return ""
     index, example = arrays["index"], arrays["example"].astype(np.float32)
-    order = np.argsort(-np.where(np.isfinite(index), index, -np.inf), kind="stable")[:SHOWN]
+    order = [label for label in np.argsort(-index, kind="stable") if np.isfinite(index[label])][:SHOWN]
+    if not order:
+        return ""
     cells = []
     for label in order:
         mask, pattern = arrays["masks"][label], arrays["patterns"][label]

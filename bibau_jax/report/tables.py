@@ -62,7 +62,8 @@ def _plus_minus(spread_of: dict | None) -> str:
     return _fixed(spread_of["mean"]) + deviation
 
 
-def _markdown_table(headings, left: int, lines) -> str:
+def markdown_table(headings, left: int, lines) -> str:
+    """A table in Markdown: the first `left` columns of words, the others of numbers."""
     rule = ["---"] * left + ["---:"] * (len(headings) - left)
     return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in (headings, rule, *lines)) + "\n"
 
@@ -83,7 +84,7 @@ def _summary_table(lines) -> str:
         "Seeds",
     )
     body = [(*_names(line), *(_plus_minus(line.get(n)) for n in shown), _seeds(line)) for line in lines]
-    return _markdown_table(headings, 4, body)
+    return markdown_table(headings, 4, body)
 
 
 def _seeds(line: dict) -> str:
@@ -100,7 +101,7 @@ def _rows_table(made) -> str:
         numbers = (row["seed"], ca, _fixed(row["ca_loss"]), asr, *(_fixed(row.get(n)) for n in more), robust)
         sizes = (words.NOTHING if row[key] is None else row[key] or "all" for key in series.SETTINGS)
         body.append((*_names(row), *numbers, _fixed(row["seconds"], 1), *sizes, row["device"], row["record"]))
-    return _markdown_table(headings, 4, body)
+    return markdown_table(headings, 4, body)
 
 
 def _counts(row: dict, rate: str) -> str:

@@ -1,6 +1,8 @@
 """The stage that brings in a stranger's model, in the place of one that is implanted here."""
 
+from bibau_jax import parallel, progress
 from bibau_jax.errors import UserError
+from bibau_jax.importers.suspect import said
 from bibau_jax.metrics import cost
 from bibau_jax.run import Run, finish, is_done, load_model
 
@@ -9,7 +11,9 @@ def run(this: Run, command: str) -> None:
     """Keeps the weights of the file as the model to purify; refuses a file that is not the one that was brought in before."""
     with cost.measure() as spent:
         suspect = this.suspect
-    if is_done(this, "implant", command):
+    for line in said(suspect.told):
+        progress.say(f"import: {line}", show=parallel.is_lead())
+    if is_done(this, "implant", command, called="import"):
         before = load_model(this, "implant")[2]["told"]
         if before["sha256"] != suspect.told["sha256"]:
             raise UserError(f"{suspect.told['file']} is not the file that {this.folder} began with; choose another --workdir")

@@ -27,10 +27,15 @@ def target(this: Run) -> Path:
 
 
 def check(this: Run) -> None:
-    """Raises `UserError` where the weights would go over the file that they came from, or over another run's."""
+    """Raises `UserError` where weights or card would go over the file that they came from, or over anybody else's."""
     path = target(this)
-    if not (this.folder / "record.json").exists():  # else it may be this run's own, which the stage itself looks at
-        export.refuse(path, Path(this.config["model"]["weights"]).expanduser())
+    if not (this.folder / "purify" / this.config["defense"]["name"] / "model").exists():  # else it may be this run's own
+        _refuse(this, path)
+
+
+def _refuse(this: Run, path: Path) -> None:
+    for place in (path, path.with_suffix(".md")):
+        export.refuse(place, Path(this.config["model"]["weights"]).expanduser())
 
 
 def run(this: Run, command: str) -> None:
@@ -43,6 +48,7 @@ def run(this: Run, command: str) -> None:
         named = {suspect.told["prefix"] + name: array for name, array in arrays.items()}
         metadata = {"purified_by": row, "model_sha256": info["sha256"], "source_sha256": suspect.told["sha256"]}
         if parallel.is_lead() and not _holds(path, named):
+            _refuse(this, path)
             export.write(path, named, source=suspect.told["file"], metadata=metadata)
     update(this, command, stages={"export": records.StageCost(**dataclasses.asdict(spent))})
     if parallel.is_lead():

@@ -54,8 +54,14 @@ def _told(purified: defenses.Purified, guard: limits.Guard) -> dict:
 def apply(this: Run, row: str, variables, journal: train.Journal) -> defenses.Purified:
     """What a defence makes of the backdoored model with this run's data and settings, its traces left to `journal`."""
     options = this.options(row)
-    if row == "bibau_t" and this.config["defense"]["target_label"] < 0 and this.scanned_class is None:
-        raise UserError("bibau_t needs the attacker's class: run the stage scan first, or set defense.target_label")
+    if row == "bibau_t" and this.config["defense"]["target_label"] < 0:
+        if this.scanned_class is None:
+            raise UserError("bibau_t needs the attacker's class: run the stage scan first, or set defense.target_label")
+        if this.scanned_class < 0:
+            raise UserError(
+                "bibau_t needs the attacker's class, and the scan found no trigger for any: set defense.target_label, or start "
+                "anew with a longer search (scan.epochs)"
+            )
     if defenses.is_ideal(row):
         options["triggered"] = _triggered(this)
     if defenses.is_informed(row):

@@ -20,9 +20,14 @@ from bibau_jax.models import Classifier
 from bibau_jax.run import Run, load_model, update, write_arrays
 from bibau_jax.stages import evaluate
 
+LEAST_SPREAD = 0.05  # of the logarithms: where sizes are alike to 5 % or there is none, one that is half as large stands out
+
 
 class Scan(NamedTuple):
-    """What a scan found: a trigger for every class, its anomaly index [K], and the classes whose index is above the limit."""
+    """What a scan found: a trigger for every class, its anomaly index [K], and the classes whose index is above the limit.
+
+    The index of a class for which no trigger was found is minus infinity.
+    """
 
     triggers: inversion.Triggers
     index: np.ndarray
@@ -30,16 +35,28 @@ class Scan(NamedTuple):
 
     @property
     def suspected(self) -> int:
-        """The class with the largest index, flagged or not."""
-        return int(np.argmax(self.index))
+        """The class with the largest index, flagged or not; -1 where no trigger was found for any."""
+        return int(np.argmax(self.index)) if np.isfinite(self.index).any() else -1
+
+    @property
+    def found(self) -> int:
+        """For how many classes a trigger was found."""
+        return int(np.isfinite(self.triggers.sizes).sum())
+
+    @property
+    def is_undetermined(self) -> bool:
+        """Whether too few triggers were found to compare them with each other."""
+        return 2 * self.found < len(self.triggers.sizes)
 
     @property
     def told(self) -> dict[str, Any]:
         """The numbers of the scan for a record; -1 stands for the size of a trigger that was not found."""
         sizes = [float(size) if np.isfinite(size) else -1.0 for size in self.triggers.sizes]
         index = [float(value) if np.isfinite(value) else 0.0 for value in self.index]
-        found = {"flagged": list(self.flagged), "suspected": self.suspected, "anomaly_index": max(index)}
-        return found | {"indices": index, "sizes": sizes, "reached": self.triggers.reached.tolist()}
+        largest = float(self.index[self.suspected]) if self.suspected >= 0 else 0.0
+        told = {"flagged": list(self.flagged), "suspected": self.suspected, "anomaly_index": largest}
+        told |= {"found": self.found, "undetermined": self.is_undetermined}
+        return told | {"indices": index, "sizes": sizes, "reached": self.triggers.reached.tolist()}
 
 
 def scan(
@@ -69,11 +86,18 @@ def scan(
 
 
 def judged(triggers: inversion.Triggers, *, limit: float = 2.0, share: float = 0.5) -> Scan:
-    """The scan's verdict on inverted triggers, see `scan`."""
-    sizes = triggers.sizes
-    index, found = inversion.anomaly(np.log(sizes)), sizes[np.isfinite(sizes)]
-    small = sizes <= share * np.median(found) if len(found) else np.zeros(len(sizes), bool)
-    return Scan(triggers, index, tuple(np.flatnonzero((index > limit) & small).tolist()))
+    """The scan's verdict on inverted triggers, see `scan`.
+
+    A class for which no trigger was found counts as one that takes the whole image. Where those are more than half, the search
+    was too short to compare, and none is flagged.
+    """
+    found = np.isfinite(triggers.sizes)
+    whole = max([float(np.prod(triggers.masks.shape[1:3])), *triggers.sizes[found]])
+    sizes = np.where(found, triggers.sizes, whole)
+    index = np.where(found, inversion.anomaly(np.log(sizes), floor=LEAST_SPREAD), -np.inf)
+    flagged = (index > limit) & (sizes <= share * np.median(sizes))
+    made = Scan(triggers, index, tuple(np.flatnonzero(flagged).tolist()))
+    return made._replace(flagged=()) if made.is_undetermined else made
 
 
 def check(section: dict) -> None:
@@ -120,7 +144,11 @@ def read(path) -> Scan:
 def say(this: Run, found: Scan) -> None:
     """One line of what the scan found."""
     told = found.told
-    if found.flagged:
+    if found.is_undetermined:
+        count = len(found.index)
+        line = f"cannot tell: no trigger was found for {count - found.found} of {count} classes; a longer search may find them "
+        line += "(scan.epochs, scan.images)"
+    elif found.flagged:
         names = this.suspect.told["class_names"] if this.is_own else this.dataset.class_names
         classes = ", ".join(f"{label} ({names[label]})" for label in found.flagged)
         line = f"suspicious: a small patch turns images into class {classes}; anomaly index {told['anomaly_index']:.1f}"

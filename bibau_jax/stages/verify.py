@@ -22,8 +22,6 @@ def run(this: Run, command: str) -> None:
     """Measures the suspicious model and every purified one: accuracy, scan, and how well triggers work and wake."""
     before = scan.of_model(this, command, evaluate.BEFORE, "scan")
     found = evaluate.models(this)
-    if len(found) == 1:
-        raise UserError("nothing is purified yet; run that stage first (--config.stages)")
     scenes = {kind: _scene(this, kind, attack, found) for kind, attack in triggers(this, before).items()}
     for row, one in found.items():
         if row != "none" and row == this.config["defense"]["name"]:
@@ -32,11 +30,12 @@ def run(this: Run, command: str) -> None:
 
 
 def triggers(this: Run, found: scan.Scan) -> dict[str, attacks.Attack]:
-    """The triggers to verify with: that of the class that the scan suspects, and the real one where it is given."""
-    section, label = this.config["verify"], found.suspected
+    """The triggers to verify with: that of the class that the scan suspects, if any, and the real one where it is given."""
+    section, label, made = this.config["verify"], found.suspected, {}
     options = {"num_classes": this.classifier.num_classes}
-    inverted = (found.triggers.masks[label], found.triggers.patterns[label])
-    made = {STAND_IN: patch.of_arrays(this.key, *inverted, target_label=label, **options)}
+    if label >= 0:
+        inverted = (found.triggers.masks[label], found.triggers.patterns[label])
+        made[STAND_IN] = patch.of_arrays(this.key, *inverted, target_label=label, **options)
     if section["trigger"]:
         given = patch.read(section["trigger"])
         made[REAL] = patch.of_arrays(this.key, *given, target_label=section["target_label"], **options)
@@ -47,6 +46,8 @@ def check(this: Run) -> None:
     """Raises `UserError` on a trigger that cannot be laid over the images, or aims outside the classes."""
     section = this.config["verify"]
     if section["trigger"]:
+        if section["target_label"] < 0:
+            raise UserError("which class does verify.trigger lead to? set --config.verify.target_label")
         given = patch.read(section["trigger"])
         options = {"num_classes": this.classifier.num_classes, "target_label": section["target_label"]}
         first = this.measured.take(slice(8))
