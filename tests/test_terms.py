@@ -43,6 +43,19 @@ def test_distillation_is_equation_17(alpha, temperature):
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
+def test_the_margin_is_the_labels_logit_less_the_largest_other_one():
+    expected = [row[y] - max(row[k] for k in range(5) if k != y) for row, y in zip(STUDENT.astype(float), LABELS, strict=True)]
+    np.testing.assert_allclose(terms.evidence(STUDENT, LABELS, form="margin"), expected, rtol=1e-6)
+    np.testing.assert_array_equal(terms.evidence(STUDENT, LABELS), -terms.cross_entropy(STUDENT, LABELS))
+
+
+def test_where_a_network_is_sure_the_margin_still_has_a_gradient_and_the_cross_entropy_none():
+    sure = jnp.array([[40.0, 1.0, 0.0, -1.0, -2.0]])
+    of = {form: lambda z, form=form: terms.evidence(z, jnp.array([0]), form=form).sum() for form in terms.ATTACK_FORMS}
+    slopes = {form: jax.grad(evidence)(sure) for form, evidence in of.items()}
+    assert np.abs(slopes["cross_entropy"]).max() < 1e-15 and slopes["margin"].tolist() == [[1.0, -1.0, 0.0, 0.0, 0.0]]
+
+
 def test_distillation_from_equal_logits_leaves_only_the_cross_entropy():
     found = terms.distillation(STUDENT, STUDENT, LABELS, alpha=0.5, temperature=4.0)
     np.testing.assert_allclose(found, 0.5 * terms.cross_entropy(STUDENT, LABELS), atol=1e-5)

@@ -54,11 +54,11 @@ def adversarial_objective(
     suspicious = classifier.apply(backdoored, adversarial).logits
     if target is None:
         towards = terms.other_class(jax.lax.stop_gradient(suspicious), labels)
-        objective = terms.cross_entropy(suspicious, labels)
+        objective = -terms.evidence(suspicious, labels, form=weights.attack_form)
         fooled = jnp.argmax(suspicious, -1) != labels
     else:
         towards = jnp.full_like(labels, target)
-        objective = -terms.cross_entropy(suspicious, towards)
+        objective = terms.evidence(suspicious, towards, form=weights.attack_form)
         fooled = jnp.argmax(suspicious, -1) == target
     parts = {"fooled": fooled, "attack": objective}
     if weights.kd or weights.prior:
@@ -272,6 +272,7 @@ def purify(
     prior_form: str = "cosine",
     iewc_cap: float = 100.0,
     iewc_form: str = "clip",
+    attack_form: str = "cross_entropy",
     unlearning_labels: str = "predicted",
     fisher_refresh: str = "epoch",
     fisher_chunk: int = 32,
@@ -287,6 +288,7 @@ def purify(
       lambda_kd, lambda_prior, lambda_ewc, lambda_iewc: lambda_1 to lambda_4.
       alpha, temperature: of the distillation (Eq. 17). eta: share of the clean feature taken off in the prior, 0..1 (Eq. 20).
       iewc_cap, iewc_form: c and the form of the inverse penalty, see `method.ewc.inverse_penalty`.
+      attack_form: how the E-step counts that the suspicious model is fooled, see `method.terms.evidence`.
       unlearning_labels: "predicted" or "true", see `unlearning_set`. fisher_refresh: F^cl "never" or every "epoch".
     """
     check_clean(classifier, clean)
@@ -307,6 +309,7 @@ def purify(
         prior_form=prior_form,
         iewc_cap=iewc_cap,
         iewc_form=iewc_form,
+        attack_form=attack_form,
         unlearning_labels=unlearning_labels,
         fisher_refresh=fisher_refresh,
         fisher_chunk=fisher_chunk,
@@ -323,6 +326,7 @@ def purify(
         prior_form=prior_form,
         iewc_cap=iewc_cap,
         iewc_form=iewc_form,
+        attack_form=attack_form,
     )
     attack = {"target": target_label if targeted else None, "perturbation": pgd}
     steps = epochs * max(1, len(clean) // min(batch_size, len(clean)))

@@ -38,6 +38,7 @@ class Weights(NamedTuple):
     prior_form: str
     iewc_cap: float
     iewc_form: str
+    attack_form: str = "cross_entropy"
 
 
 def weighted(
@@ -53,11 +54,12 @@ def weighted(
     prior_form: str,
     iewc_cap: float,
     iewc_form: str,
+    attack_form: str,
 ) -> Weights:
     """The weights of an ablation: terms that it leaves out have weight 0."""
     with_a, with_b = ABLATIONS[ablation]
     lambdas = (with_a * lambda_kd, with_b * lambda_prior, with_a * lambda_ewc, with_b * lambda_iewc)
-    return Weights(*lambdas, alpha, temperature, eta, prior_form, iewc_cap, iewc_form)
+    return Weights(*lambdas, alpha, temperature, eta, prior_form, iewc_cap, iewc_form, attack_form)
 
 
 def check(
@@ -74,6 +76,7 @@ def check(
     prior_form: str = "cosine",
     iewc_cap: float = 100.0,
     iewc_form: str = "clip",
+    attack_form: str = "cross_entropy",
     unlearning_labels: str = "predicted",
     fisher_refresh: str = "epoch",
     fisher_chunk: int = 32,
@@ -85,6 +88,7 @@ def check(
     _choice("pgd.start", pgd.start, ("zero", "random"))
     _choice("prior_form", prior_form, terms.PRIOR_FORMS)
     _choice("iewc_form", iewc_form, ewc.INVERSE_FORMS)
+    _choice("attack_form", attack_form, terms.ATTACK_FORMS)
     _choice("unlearning_labels", unlearning_labels, UNLEARNING_LABELS)
     _choice("fisher_refresh", fisher_refresh, FISHER_REFRESH)
     if targeted and not 0 <= target_label < num_classes:

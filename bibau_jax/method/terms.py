@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+ATTACK_FORMS = ("cross_entropy", "margin")
 PRIOR_FORMS = ("cosine", "inner")
 TINY = 1e-12
 
@@ -10,6 +11,18 @@ TINY = 1e-12
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """-log softmax(logits)[label] per example: [N, K], [N] -> [N]."""
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=-1)[:, 0]
+
+
+def evidence(logits: jax.Array, labels: jax.Array, *, form: str = "cross_entropy") -> jax.Array:
+    """How much the logits speak for the label, per example: [N, K], [N] -> [N].
+
+    "cross_entropy" is the paper's, -CE. Its gradient vanishes where a network is sure of itself, and any other term then
+    outweighs it. "margin" does not saturate: the label's logit less the largest of the others (ours).
+    """
+    if form == "cross_entropy":
+        return -cross_entropy(logits, labels)
+    own = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+    return own - jnp.take_along_axis(logits, other_class(logits, labels)[:, None], axis=-1)[:, 0]
 
 
 def distillation(teacher_logits, student_logits, labels, *, alpha: float, temperature: float) -> jax.Array:

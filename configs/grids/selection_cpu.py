@@ -22,6 +22,7 @@ VARIANTS = {
     # other readings and forms
     "true": {"unlearning_labels": "true"},
     "hinge": {"iewc_form": "hinge"},
+    "margin": {"attack_form": "margin"},
 }
 
 

@@ -1,0 +1,25 @@
+"""The same question for networks that are sure of themselves: trained without crops and flips, they know their images by heart.
+
+python -m bibau_jax.grid --grid=configs/grids/selection_sure_cpu.py --workdir=runs/selection_sure_cpu --jobs=2
+
+No result uses these seeds or images; docs/reproduction.md tells what was chosen by them.
+"""
+
+from bibau_jax import grid
+
+SEED = 100
+SURE = {"data.padding": 0, "data.flip": False}
+VARIANTS = {
+    "margin": {"attack_form": "margin"},
+    "kd0": {"lambda_kd": 0.0},
+}
+
+
+def get_grid():
+    """The default settings with fine-tuning and Base AT beside them, then BI-BAU (U) alone with one thing changed."""
+    settings = SURE | {"measured_on": "validation", "reactivate.checks": "retuning,bec", "defense.beside": "ft,base_at"}
+    variants = {
+        suffix: {"defense.beside": ""} | {f"defense.{name}": value for name, value in changes.items()}
+        for suffix, changes in VARIANTS.items()
+    }
+    return grid.runs("configs/cifar10_cpu.py", {"badnets": (SEED,), "blended": (SEED,)}, settings, variants)
