@@ -45,7 +45,8 @@ class Rate:
         z, n, share = 1.96, self.count, self.hits / self.count
         middle = share + z**2 / (2 * n)
         reach = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-        return 100 * (middle - reach) / (1 + z**2 / n), 100 * (middle + reach) / (1 + z**2 / n)
+        low, high = ((middle + side * reach) / (1 + z**2 / n) for side in (-1, 1))
+        return 100 * max(low, 0.0), 100 * min(high, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,7 +54,10 @@ def test_scans_are_counted_by_what_they_flagged_and_a_model_once(folder, tmp_pat
     assert ends == {"clean": (3, 0, 1, 2, 0), "badnets": (3, 2, 1, 0, 0), "sig": (1, 0, 0, 1, 0)}
     assert list(ends) == ["clean", "badnets", "sig"]
     rates = json.loads((tmp_path / "rates.json").read_text())
-    assert rates == {"clean": {"models": 3, "flagged": 1}, "backdoored": {"models": 4, "flagged": 2}}
+    assert rates == {
+        "clean": {"models": 3, "flagged": 1},
+        "backdoored": {"models": 4, "flagged": 2, "attacks": ["badnets", "sig"]},
+    }
     page = (tmp_path / "scan.md").read_text()
     assert "1 of 3 (33 %; 6 to 79 %) of the clean models" in page and (tmp_path / "scan.png").stat().st_size > 5000
 
@@ -85,4 +88,4 @@ def test_what_pages_say_of_the_scan_is_what_the_committed_records_hold():
     assert shipped == rates
     said = own.reliability()
     assert f"{rates['clean']['flagged']} of {rates['clean']['models']} clean ones" in said
-    assert f"{rates['backdoored']['flagged']} of {rates['backdoored']['models']} with backdoors" in said
+    assert f"{rates['backdoored']['flagged']} of {rates['backdoored']['models']} with a backdoor (BadNets" in said

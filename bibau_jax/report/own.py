@@ -109,7 +109,7 @@ def reliability() -> str:
     return (
         f"Tried on small models that we know, the scan cried wolf on {clean.hits} of {clean.count} clean ones (a rate of "
         f"{words.number(low, 0)} to {words.number(high, 0)} %) and named the attacker’s class in {backdoored.hits} of "
-        f"{backdoored.count} with backdoors of many kinds."
+        f"{backdoored.count} with a backdoor ({', '.join(map(words.attack, kinds['backdoored']['attacks']))})."
     )
 
 

@@ -66,15 +66,17 @@ def summary(made) -> list[dict]:
     return list(lines.values())
 
 
-def reliability(lines) -> dict[str, dict[str, int]]:
-    """Of all clean models how many were flagged, of all backdoored ones in how many the attack's class was found."""
+def reliability(lines) -> dict[str, dict]:
+    """Of all clean models how many were flagged; of all backdoored ones, by which attacks, in how many the attack's class."""
     kinds = {"clean": [line for line in lines if line["attack"] == CLEAN]}
     kinds["backdoored"] = [line for line in lines if line["attack"] != CLEAN]
     hits = {"clean": "other", "backdoored": "target"}
-    return {
+    made = {
         kind: {"models": sum(line["models"] for line in some), "flagged": sum(line[hits[kind]] for line in some)}
         for kind, some in kinds.items()
     }
+    made["backdoored"]["attacks"] = list(dict.fromkeys(line["attack"] for line in kinds["backdoored"]))
+    return made
 
 
 def known() -> dict[str, dict[str, int]]:
@@ -100,7 +102,8 @@ def markdown(made, text: str) -> str:
     said = [f"False alarms: {_share(told['clean']['flagged'], told['clean']['models'])} of the clean models were flagged."]
     if told["backdoored"]["models"]:
         found = _share(told["backdoored"]["flagged"], told["backdoored"]["models"])
-        said.append(f"The attack’s class was flagged in {found} of the backdoored ones, which are of many kinds of attack.")
+        said.append(f"The attack’s class was flagged in {found} of the backdoored ones.")
+    said.append("An index above the limit (dashed) is flagged only where the patch is much smaller than the other classes’.")
     said.append("Wilson’s 95 % intervals. A model that several runs share is counted once.")
     each = [
         (words.dataset(row["dataset"]), _attack(row), row["seed"], f"{row['anomaly_index']:.2f}", row["suspected"])

@@ -22,7 +22,10 @@ VARIANTS = {
     # other readings and forms
     "true": {"unlearning_labels": "true"},
     "hinge": {"iewc_form": "hinge"},
+    # how much x' must keep its meaning, and how it is counted that the suspicious model is fooled
     "margin": {"attack_form": "margin"},
+    "kd01": {"lambda_kd": 0.1},
+    "margin01": {"attack_form": "margin", "lambda_kd": 0.1},
 }
 
 

@@ -11,6 +11,8 @@ SEED = 100
 SURE = {"data.padding": 0, "data.flip": False}
 VARIANTS = {
     "margin": {"attack_form": "margin"},
+    "kd01": {"lambda_kd": 0.1},
+    "margin01": {"attack_form": "margin", "lambda_kd": 0.1},
     "kd0": {"lambda_kd": 0.0},
 }
 
