@@ -102,6 +102,33 @@ def test_the_objective_is_the_sum_of_its_terms(tiny, tiny_variables, moved, clea
         np.testing.assert_array_equal(parts["fooled"], seen != labels if target is None else seen == target)
 
 
+@pytest.mark.parametrize("target", [None, 3])
+def test_balanced_the_two_models_pull_with_lengths_that_do_not_depend_on_how_sure_they_are(
+    tiny, tiny_variables, moved, clean, target
+):
+    images, labels = jnp.asarray(clean.images, jnp.float32), jnp.asarray(clean.labels)
+    changed = jnp.clip(images + 20.0, 0, 255)
+    weights = ALL._replace(attack_form="margin", balance=0.3)
+    given = {"classifier": tiny, "target": target, "weights": weights}
+
+    def unit(x):
+        return x / np.linalg.norm(np.asarray(x, np.float64).reshape(len(x), -1), axis=1)[:, None, None, None]
+
+    def slope(weights, backdoored):
+        return jax.grad(lambda x: objective((images, x), labels, moved, backdoored, tiny, target, weights)[0].sum())(changed)
+
+    fixed = bibau.clean_references(images, moved, tiny_variables, classifier=tiny, weights=weights)
+    found = bibau.balanced_gradient(changed, fixed, labels, moved, tiny_variables, **given)
+    attack = slope(weights._replace(kd=0.0, prior=0.0), tiny_variables)
+    both = slope(weights, tiny_variables)
+    np.testing.assert_allclose(found, unit(attack) + 0.3 * unit(both - attack), atol=2e-4)
+    # A backdoored model ten times as sure of itself: its head's outputs are ten times as large, all else is as it was.
+    head = jax.tree.map(lambda leaf: 10 * leaf, tiny_variables["params"]["head"])
+    sure = tiny_variables | {"params": tiny_variables["params"] | {"head": head}}
+    np.testing.assert_allclose(bibau.balanced_gradient(changed, fixed, labels, moved, sure, **given), found, atol=2e-4)
+    assert np.abs(slope(weights, sure) - both).max() > 0.1 * np.abs(both).max()
+
+
 # --- M-step
 
 

@@ -264,6 +264,7 @@ def test_an_unknown_schedule_is_refused(name, backdoored):
         ({"pgd": Perturbation(start="one")}, 'pgd.start "one" is unknown; choose one of zero, random'),
         ({"prior_form": "angle"}, 'prior_form "angle" is unknown; choose one of cosine, inner'),
         ({"iewc_form": "log"}, 'iewc_form "log" is unknown; choose one of clip, neg_log, hinge'),
+        ({"balance": -0.1}, "balance must not be negative"),
         ({"attack_form": "logit"}, 'attack_form "logit" is unknown; choose one of cross_entropy, margin'),
         ({"unlearning_labels": "false"}, 'unlearning_labels "false" is unknown; choose one of predicted, true'),
         ({"fisher_refresh": "step"}, 'fisher_refresh "step" is unknown; choose one of never, epoch'),

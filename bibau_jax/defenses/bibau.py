@@ -50,28 +50,56 @@ def adversarial_objective(
     Args:
       adversarial: x' [N, H, W, C]. clean: what does not change with x', from `clean_references`. labels: y [N].
     """
-    teacher_logits, clean_features, directions = clean
     suspicious = classifier.apply(backdoored, adversarial).logits
-    if target is None:
-        towards = terms.other_class(jax.lax.stop_gradient(suspicious), labels)
-        objective = -terms.evidence(suspicious, labels, form=weights.attack_form)
-        fooled = jnp.argmax(suspicious, -1) != labels
-    else:
-        towards = jnp.full_like(labels, target)
-        objective = terms.evidence(suspicious, towards, form=weights.attack_form)
-        fooled = jnp.argmax(suspicious, -1) == target
+    objective, fooled = fooling(suspicious, labels, target=target, form=weights.attack_form)
     parts = {"fooled": fooled, "attack": objective}
     if weights.kd or weights.prior:
-        current = classifier.apply(variables, adversarial)
-        parts["kept"] = jnp.argmax(current.logits, -1) == labels
-        parts["kd"] = terms.distillation(
-            teacher_logits, current.logits, labels, alpha=weights.alpha, temperature=weights.temperature
-        )
-        parts["prior"] = terms.prior(
-            current.features, clean_features, directions[towards], eta=weights.eta, form=weights.prior_form
-        )
-        objective += weights.prior * parts["prior"] - weights.kd * parts["kd"]
+        towards = heading(suspicious, labels, target)
+        more, of_current = keeping(adversarial, towards, clean, labels, variables, classifier=classifier, weights=weights)
+        objective, parts = objective + more, parts | of_current
     return objective, parts
+
+
+def fooling(suspicious, labels, *, target: int | None, form: str) -> tuple[jax.Array, jax.Array]:
+    """How much the backdoored model's logits [N, K] speak for the attack, per image, and whether it is taken in."""
+    if target is None:
+        return -terms.evidence(suspicious, labels, form=form), jnp.argmax(suspicious, -1) != labels
+    return terms.evidence(suspicious, jnp.full_like(labels, target), form=form), jnp.argmax(suspicious, -1) == target
+
+
+def heading(suspicious, labels, target: int | None) -> jax.Array:
+    """The class that x' is heading for, [N]; without gradient."""
+    if target is None:
+        return terms.other_class(jax.lax.stop_gradient(suspicious), labels)
+    return jnp.full_like(labels, target)
+
+
+def keeping(adversarial, towards, clean, labels, variables, *, classifier: Classifier, weights: Weights):
+    """lambda_2 L_prior - lambda_1 L_kd per image, which the model being purified adds to the objective; and its parts."""
+    teacher_logits, clean_features, directions = clean
+    current = classifier.apply(variables, adversarial)
+    told = {"alpha": weights.alpha, "temperature": weights.temperature}
+    parts = {"kept": jnp.argmax(current.logits, -1) == labels}
+    parts["kd"] = terms.distillation(teacher_logits, current.logits, labels, **told)
+    parts["prior"] = terms.prior(
+        current.features, clean_features, directions[towards], eta=weights.eta, form=weights.prior_form
+    )
+    return weights.prior * parts["prior"] - weights.kd * parts["kd"], parts
+
+
+def balanced_gradient(
+    adversarial, clean, labels, variables, backdoored, *, classifier: Classifier, target: int | None, weights: Weights
+) -> jax.Array:
+    """Both models' gradients of L_adv with respect to x', each at length 1 per image; the current one's times the balance.
+
+    As they are, the gradient of a backdoored model that is sure of itself is outweighed by the other's, whatever the lambdas.
+    """
+    suspicious, pull = jax.vjp(lambda x: classifier.apply(backdoored, x).logits, adversarial)
+    of_logits = jax.grad(lambda logits: fooling(logits, labels, target=target, form=weights.attack_form)[0].sum())
+    (attack,) = pull(of_logits(suspicious))
+    towards, given = heading(suspicious, labels, target), {"classifier": classifier, "weights": weights}
+    current = jax.grad(lambda x: keeping(x, towards, clean, labels, variables, **given)[0].sum())(adversarial)
+    return pgd.ascent_direction(attack, "l2") + weights.balance * pgd.ascent_direction(current, "l2")
 
 
 def clean_references(images, variables, backdoored, *, classifier: Classifier, weights: Weights):
@@ -84,19 +112,20 @@ def clean_references(images, variables, backdoored, *, classifier: Classifier, w
 
 def e_step(images, labels, variables, backdoored, key, *, classifier, target, weights, perturbation: Perturbation):
     """Adversarial images x' [N, H, W, C] for clean ones in 0..255; images of the target class stay as they are."""
+    shared = {"classifier": classifier, "target": target, "weights": weights}
     clean = clean_references(images, variables, backdoored, classifier=classifier, weights=weights)
 
-    def summed(adversarial):
-        objective, _ = adversarial_objective(
-            adversarial, clean, labels, variables, backdoored, classifier=classifier, target=target, weights=weights
-        )
-        return objective.sum()
+    def gradient(adversarial):
+        given = (clean, labels, variables, backdoored)
+        if weights.balance and (weights.kd or weights.prior):
+            return balanced_gradient(adversarial, *given, **shared)
+        return jax.grad(lambda x: adversarial_objective(x, *given, **shared)[0].sum())(adversarial)
 
     start = None
     if perturbation.start == "random":
         start = pgd.random_start(key, images.shape, norm=perturbation.norm, epsilon=perturbation.epsilon)
     adversarial = pgd.adversarial_images(
-        jax.grad(summed),
+        gradient,
         images,
         norm=perturbation.norm,
         epsilon=perturbation.epsilon,
@@ -273,6 +302,7 @@ def purify(
     iewc_cap: float = 100.0,
     iewc_form: str = "clip",
     attack_form: str = "cross_entropy",
+    balance: float = 0.0,
     unlearning_labels: str = "predicted",
     fisher_refresh: str = "epoch",
     fisher_chunk: int = 32,
@@ -288,7 +318,8 @@ def purify(
       lambda_kd, lambda_prior, lambda_ewc, lambda_iewc: lambda_1 to lambda_4.
       alpha, temperature: of the distillation (Eq. 17). eta: share of the clean feature taken off in the prior, 0..1 (Eq. 20).
       iewc_cap, iewc_form: c and the form of the inverse penalty, see `method.ewc.inverse_penalty`.
-      attack_form: how the E-step counts that the suspicious model is fooled, see `method.terms.evidence`.
+      attack_form: how the E-step counts that the suspicious model is fooled, see `method.terms.evidence`. balance: 0 adds both
+        models' gradients with respect to x' as they are, the paper's way; above 0 see `balanced_gradient` (ours).
       unlearning_labels: "predicted" or "true", see `unlearning_set`. fisher_refresh: F^cl "never" or every "epoch".
     """
     check_clean(classifier, clean)
@@ -310,6 +341,7 @@ def purify(
         iewc_cap=iewc_cap,
         iewc_form=iewc_form,
         attack_form=attack_form,
+        balance=balance,
         unlearning_labels=unlearning_labels,
         fisher_refresh=fisher_refresh,
         fisher_chunk=fisher_chunk,
@@ -327,6 +359,7 @@ def purify(
         iewc_cap=iewc_cap,
         iewc_form=iewc_form,
         attack_form=attack_form,
+        balance=balance,
     )
     attack = {"target": target_label if targeted else None, "perturbation": pgd}
     steps = epochs * max(1, len(clean) // min(batch_size, len(clean)))

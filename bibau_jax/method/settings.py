@@ -39,6 +39,7 @@ class Weights(NamedTuple):
     iewc_cap: float
     iewc_form: str
     attack_form: str = "cross_entropy"
+    balance: float = 0.0
 
 
 def weighted(
@@ -55,11 +56,12 @@ def weighted(
     iewc_cap: float,
     iewc_form: str,
     attack_form: str,
+    balance: float,
 ) -> Weights:
     """The weights of an ablation: terms that it leaves out have weight 0."""
     with_a, with_b = ABLATIONS[ablation]
     lambdas = (with_a * lambda_kd, with_b * lambda_prior, with_a * lambda_ewc, with_b * lambda_iewc)
-    return Weights(*lambdas, alpha, temperature, eta, prior_form, iewc_cap, iewc_form, attack_form)
+    return Weights(*lambdas, alpha, temperature, eta, prior_form, iewc_cap, iewc_form, attack_form, balance)
 
 
 def check(
@@ -77,6 +79,7 @@ def check(
     iewc_cap: float = 100.0,
     iewc_form: str = "clip",
     attack_form: str = "cross_entropy",
+    balance: float = 0.0,
     unlearning_labels: str = "predicted",
     fisher_refresh: str = "epoch",
     fisher_chunk: int = 32,
@@ -102,6 +105,8 @@ def check(
     negative = [name for name, value in others.items() if name.startswith("lambda_") and value < 0]
     if negative or max_grad_norm < 0:
         raise UserError(f"{', '.join(negative) or 'max_grad_norm'} must not be negative")
+    if balance < 0:
+        raise UserError("balance must not be negative")
     if fisher_chunk < 1:
         raise UserError("fisher_chunk must be at least 1")
 

@@ -30,7 +30,7 @@ from bibau_jax.workdir import read_config
 
 EVERY = 3  # states kept in an epoch
 LAMBDAS = ("lambda_kd", "lambda_prior", "lambda_ewc", "lambda_iewc")
-CONSTANTS = ("alpha", "temperature", "eta", "prior_form", "iewc_cap", "iewc_form", "attack_form")
+CONSTANTS = ("alpha", "temperature", "eta", "prior_form", "iewc_cap", "iewc_form", "attack_form", "balance")
 
 
 def of_run(this: Run, rows: list[str], states: Path | None, *, images: int, tangents: int) -> dict:
