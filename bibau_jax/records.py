@@ -136,6 +136,17 @@ def flat(config: dict, prefix: str = "") -> dict:
     return pairs
 
 
+# A setting that came after a run was made is taken as what was done then: as empty, 0 or off, but for these.
+DONE_BEFORE = {"model.normalisation": "given", "data.held_out": 0.2, "defense.attack_form": "cross_entropy"}
+
+
+def as_before(name: str, value, older: dict) -> bool:
+    """Whether a setting that an older, flat config lacks does what was done without it, or is of a part that it lacks whole."""
+    section = name.rpartition(".")[0]
+    whole = bool(section) and not any(other.startswith(f"{section}.") for other in older)
+    return whole or value == DONE_BEFORE.get(name) or not value
+
+
 def read(path) -> Record:
     """The record at `path`, every field checked; UserError, one line that names file and field, if it is damaged."""
     try:

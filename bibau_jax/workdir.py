@@ -5,7 +5,7 @@ import pathlib
 
 from bibau_jax import parallel
 from bibau_jax.errors import UserError
-from bibau_jax.records import flat, write_text
+from bibau_jax.records import as_before, flat, write_text
 
 # What may change between two starts of the same run: where things lie and what else is asked for, never what was computed.
 FREE = ("stages", "tensorboard", "checkpoint_every", "distributed", "data.data_dir", "data.manual_dir", "data.download")
@@ -13,10 +13,6 @@ ADDABLE = ("defense.beside", "implant.reuse", "implant.clean_twin", "reactivate.
 
 # Sections of the config, and the folder that settles them.
 LATER = {"defense": "purify", "reactivate": "reactivate", "scan": "scan", "verify": "verify", "export": "export"}
-
-
-# A setting that came after a run was made is taken as what was done then: as empty, 0 or off, but for these.
-DONE_BEFORE = {"model.normalisation": "given", "data.held_out": 0.2, "defense.attack_form": "cross_entropy"}
 
 
 def told_apart_by(config: dict) -> dict:
@@ -34,7 +30,7 @@ def differences(old: dict, new: dict, ignore=(*FREE, *ADDABLE)) -> list[str]:
     The old one may be of an earlier version of this program, which lacked some of the settings.
     """
     before, after = flat(told_apart_by(old)), flat(told_apart_by(new))
-    before |= {name: value for name, value in after.items() if name not in before and _as_before(name, value, before)}
+    before |= {name: value for name, value in after.items() if name not in before and as_before(name, value, before)}
     names = sorted(before.keys() | after.keys())
     changed = [name for name in names if before.get(name) != after.get(name)]
     return [
@@ -42,13 +38,6 @@ def differences(old: dict, new: dict, ignore=(*FREE, *ADDABLE)) -> list[str]:
         for name in changed
         if not any(name == free or name.startswith(f"{free}.") for free in ignore)
     ]
-
-
-def _as_before(name: str, value, before: dict) -> bool:
-    """Whether a setting that an older config lacks does what was done without it, or is of a part that was not there at all."""
-    section = name.rpartition(".")[0]
-    whole = bool(section) and not any(other.startswith(f"{section}.") for other in before)
-    return whole or value == DONE_BEFORE.get(name) or not value
 
 
 def claim(workdir, config: dict) -> pathlib.Path:

@@ -271,6 +271,20 @@ def test_runs_with_other_settings_are_lines_of_their_own_where_the_settings_matt
     assert "BI-BAU (U) (settings 2), BadNets: defense.iewc_cap 10.0 instead of 100.0." in page.decode()
 
 
+def test_a_setting_that_older_records_do_not_name_sets_a_run_apart_where_it_changes_what_was_done(folder, tmp_path):
+    for number, (form, balance) in enumerate([("cross_entropy", 0.0), ("margin", 0.0), ("cross_entropy", 0.5)], 7):
+        other = record_dict(number, purified_ca=400 + number)
+        other["config"]["defense"] |= {"attack_form": form, "balance": balance}
+        (folder / f"other_{number}.json").write_text(json.dumps(other))
+    lines = json.loads(built(folder, tmp_path / "results")[2])["summary"]
+    told = {s["variant"]: (s["n"], s["settings"]) for s in lines if (s["attack"], s["defense"]) == ("badnets", "bibau_u")}
+    assert told == {
+        1: (4, ""),
+        2: (1, "defense.attack_form margin instead of cross_entropy"),
+        3: (1, "defense.balance 0.5 instead of none"),
+    }
+
+
 def test_an_ablation_is_a_row_of_its_own_beside_the_whole_method(folder, tmp_path):
     ablated = record_dict(0, purified_ca=400)
     ablated["metrics"]["purified"]["defense"] = "bibau_u:+A"

@@ -122,7 +122,6 @@ def _set_apart(made, configs) -> None:
         reactivated = any(name in row for name in words.MEASURES)
         settings = relevant(configs[row["record"]], row["defense"], reactivated)
         variants = groups.setdefault(tuple(row[key] for key in GROUP[:-1]), [])
-        # Settings that an older record does not name yet set nothing apart.
         same = (members for other, members in variants if not _unlike(settings, other))
         if (members := next(same, None)) is None:
             variants.append((settings, members := []))
@@ -131,13 +130,23 @@ def _set_apart(made, configs) -> None:
         variants.sort(key=lambda variant: -len(variant[1]))
         for number, (settings, members) in enumerate(variants, 1):
             names = _unlike(settings, variants[0][0])
-            told = ", ".join(f"{name} {settings[name]} instead of {variants[0][0][name]}" for name in names)
+            first = variants[0][0]
+            told = ", ".join(f"{name} {_said(settings, name)} instead of {_said(first, name)}" for name in names)
             for row in members:
                 row |= {"variant": number, "settings": told}
 
 
 def _unlike(one: dict, other: dict) -> list[str]:
-    return sorted(name for name in one.keys() & other.keys() if one[name] != other[name])
+    """The settings in which two runs differ; what an older one does not name yet is what was done then."""
+    differ = [name for name in one.keys() & other.keys() if one[name] != other[name]]
+    for newer, older in ((one, other), (other, one)):
+        added = newer.keys() - older.keys()
+        differ += [name for name in added if not records.as_before(name, newer[name], older)]
+    return sorted(differ)
+
+
+def _said(settings: dict, name: str):
+    return settings.get(name, records.DONE_BEFORE.get(name, "none"))
 
 
 def rows(found) -> list[dict]:
