@@ -13,6 +13,7 @@ VARIANTS = {
     "margin": {"attack_form": "margin"},
     "kd01": {"lambda_kd": 0.1},
     "margin01": {"attack_form": "margin", "lambda_kd": 0.1},
+    "bal05": {"attack_form": "margin", "balance": 0.5},
     "kd0": {"lambda_kd": 0.0},
 }
 
