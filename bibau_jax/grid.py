@@ -65,14 +65,16 @@ def runs(
     """Jobs for every attack and seed, and for every variant of settings on the same backdoored model.
 
     `config` is a file that takes the attack's name ("configs/cifar10_cpu.py"), `seeds` maps attacks to their seeds. The first
-    attack of a seed trains the clean twin, the others take it from there. `variants` maps a suffix to further settings.
+    attack of a seed trains the clean twin, the others take it from there (none does with `implant.clean_twin="none"` among the
+    settings). `variants` maps a suffix to further settings.
     """
     made, twins = [], {}
+    alone = (settings or {}).get("implant.clean_twin") == "none"
     for attack, numbers in seeds.items():
         for seed in numbers:
             name, given = f"{attack}_{seed}", (settings or {}) | {"seed": seed}
             made.append(Job(name, f"{config}:{attack}", given, twin=twins.get(seed, "")))
-            twin = twins.setdefault(seed, name)
+            twin = "" if alone else twins.setdefault(seed, name)
             for suffix, changes in (variants or {}).items():
                 made.append(Job(f"{name}_{suffix}", f"{config}:{attack}", given | changes, reuse=name, twin=twin))
     return made

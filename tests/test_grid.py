@@ -58,6 +58,11 @@ def test_runs_share_the_twin_of_a_seed_and_variants_the_backdoored_model():
     ]
 
 
+def test_runs_without_a_twin_wait_for_no_other_attack():
+    jobs = grid.runs("c.py", {"badnets": (1,), "blended": (1,)}, {"implant.clean_twin": "none"}, {"more": {"lr": 1}})
+    assert [job.needs for job in jobs] == [set(), {"badnets_1"}, set(), {"blended_1"}]
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "grids").glob("*.py")), ids=lambda path: path.stem)
 def test_the_grids_that_are_shipped_can_be_read(path):
     jobs = grid.read(str(path))

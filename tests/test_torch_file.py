@@ -292,6 +292,13 @@ def test_what_lies_among_the_tensors_and_is_none_is_told(tmp_path):
     assert list(found.arrays) == ["w", "v"] and found.others == ("_extra_state", "version")
 
 
+def test_a_tensor_under_a_number_is_no_weight_and_is_told(tmp_path):
+    data = tensor((2, 2), (1, 2))
+    there = data[:-2] + b"K\x00" + tensor((2, 2), (1, 2))[2:-1] + b"K\x01" + text(b"plain") + b"u."
+    found = torch_file.read(as_zip(tmp_path / "m.pth", there, **{"0": np.arange(4, dtype="<f4").tobytes()}))
+    assert list(found.arrays) == ["w", "v"] and len(found.others) == 1
+
+
 def test_prefixes_are_taken_off_one_behind_the_other(expected):
     views = {f"module._orig_mod.{name}": name for name in ("conv.weight", "fc.bias")}
     found = torch_file._chosen(views, "zip", "", lambda name: name)

@@ -81,7 +81,7 @@ def bring(
 
     first = build(next(iter(candidates.values())))
     names = _names(weights, first.num_classes, class_names)
-    imported = _imported(weights, checkpoint.arrays, network, first)
+    imported = _imported(weights, checkpoint.arrays, network, first, len(class_names))
     _refuse_missing(images.labels, names)
     some = images.take(splits.class_balanced(images.labels, min(len(images), max(TRIED_ON, len(names)))))
     logits = {name: train.logits(build(scaling), imported.variables, some.images) for name, scaling in candidates.items()}
@@ -128,12 +128,12 @@ def _network(arrays, name: str, file: str, num_classes: int) -> _Network:
     return _Network(given, found.table, found.name)
 
 
-def _imported(weights, arrays, network: _Network, classifier: Classifier) -> rules.Imported:
+def _imported(weights, arrays, network: _Network, classifier: Classifier, classes: int) -> rules.Imported:
     like = jax.eval_shape(classifier.init, jax.random.key(0))
     try:
         return rules.to_variables(arrays, network.table, like)
     except UserError as error:
-        raise UserError(f"{weights}: {error}; the clean images are of {classifier.num_classes} classes") from None
+        raise UserError(f"{weights}: {error}; the clean images are of {classes} classes") from None
 
 
 def _refuse_missing(labels: np.ndarray, names: tuple[str, ...]) -> None:

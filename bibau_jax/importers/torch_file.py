@@ -118,7 +118,7 @@ def _state_dict(tree, container: str | None) -> tuple[dict[str, View], str, tupl
     """(names and views, key path, what is no tensor) of the state dict in a checkpoint."""
     found = _candidates(tree)
     where = _which(tree, found, container)
-    views = {name: value for name, value in found[where].items() if isinstance(value, View)}
+    views = _views(found[where])
     return views, where, tuple(shown(str(name)) for name in found[where] if name not in views)
 
 
@@ -158,13 +158,16 @@ def _candidates(tree) -> dict[str, dict]:
         looked += len(one)
         if looked > MOST_ENTRIES:
             raise UserError("it holds more entries than any checkpoint")
-        views = sum(isinstance(key, str) and isinstance(value, View) for key, value in one.items())
-        if views and views * 2 >= len(one):
+        if 2 * len(_views(one)) >= len(one) > 0:
             found[where] = one
         elif depth < DEEPEST:
             inner = [(key, value) for key, value in one.items() if isinstance(key, str) and len(key) <= MOST_KEY]
             waiting.extend((f"{where}.{key}" if where else key, value, depth + 1) for key, value in inner)
     return found
+
+
+def _views(tree: dict) -> dict[str, View]:
+    return {name: value for name, value in tree.items() if isinstance(name, str) and isinstance(value, View)}
 
 
 def _check_sizes(found: dict[str, View], size: int) -> None:

@@ -32,9 +32,8 @@ def markdown(record, file: str, sha256: str) -> str:
 
 
 def _under(told: dict) -> str:
-    under = [f"under `{told['container']}`"] if told.get("container") else []
-    left = [f"without what is no tensor ({', '.join(told['others'])})"] if told.get("others") else []
-    return f" had {' and '.join([*under, *left])}" if under or left else ""
+    under = f"; there they lie under `{told['container']}`" if told.get("container") else ""
+    return under + (f"; left out, being no tensors: {', '.join(told['others'])}" if told.get("others") else "")
 
 
 def _numbers(values) -> str:

@@ -157,26 +157,25 @@ def main(arguments=None) -> int:
     parser.add_argument("--out", required=True, help="path of the results without suffix, e.g. results/scan")
     parser.add_argument("--rates", help="also write what pages say of the scan's reliability to this file")
     flags = parser.parse_args(arguments)
-    page, data = Path(f"{flags.out}.md"), Path(f"{flags.out}.json")
-    try:
-        found, broken = series.collect(Path(flags.records), data)
-        made = rows(found)
-        if not made:
-            raise UserError("; ".join([f"no scan is recorded under {flags.records}", *broken]))
-        text = markdown(made, tables.introduction(page))
-        page.parent.mkdir(parents=True, exist_ok=True)
-        records.write_text(page, text)
-        records.write_text(data, json.dumps({"summary": summary(made), "rows": made}, indent=1) + "\n")
-        picture(made, page.with_suffix(".png"))
-        if flags.rates:
-            records.write_text(Path(flags.rates), json.dumps(reliability(summary(made)), indent=1) + "\n")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    for line in broken:
-        print(f"error: {line}", file=sys.stderr)
-    print(f"{page}, {data}, {page.with_suffix('.png')}")
-    return 1 if broken else 0
+    return tables.told(lambda: write(flags.records, flags.out, flags.rates))
+
+
+def write(folder, out, rates=None) -> tuple[list[Path], list[str]]:
+    """Writes `<out>.md`, `.json` and `.png`, and to `rates` what pages say; returns the files and what could not be read."""
+    page, data = Path(f"{out}.md"), Path(f"{out}.json")
+    found, broken = series.collect(Path(folder), data)
+    made = rows(found)
+    if not made:
+        raise UserError("; ".join([f"no scan is recorded under {folder}", *broken]))
+    text, lines = markdown(made, tables.introduction(page)), summary(made)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    records.write_text(page, text)
+    records.write_text(data, json.dumps({"summary": lines, "rows": made}, indent=1) + "\n")
+    written = [page, data, picture(made, page.with_suffix(".png"))]
+    if rates:
+        records.write_text(Path(rates), json.dumps(reliability(lines), indent=1) + "\n")
+        written.append(Path(rates))
+    return written, broken
 
 
 if __name__ == "__main__":

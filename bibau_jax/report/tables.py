@@ -196,11 +196,21 @@ def main(arguments=None) -> int:
     if flags.readme and not Path(flags.readme).is_file():
         print(f"error: there is no file {flags.readme}", file=sys.stderr)
         return 1
-    try:
+
+    def work():
         written, broken = write(flags.records, flags.out)
         if flags.readme:
             insert(flags.readme, flags.out)
             written.append(Path(flags.readme))
+        return written, broken
+
+    return told(work)
+
+
+def told(work) -> int:
+    """The exit status after `work() -> (files written, records that could not be read)`: 0, or 1; says what was done."""
+    try:
+        written, broken = work()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -10,17 +10,19 @@ from bibau_jax import grid
 SEED = 100
 SURE = {"data.padding": 0, "data.flip": False}
 VARIANTS = {
-    "margin": {"attack_form": "margin"},
-    "kd01": {"lambda_kd": 0.1},
     "margin01": {"attack_form": "margin", "lambda_kd": 0.1},
-    "bal05": {"attack_form": "margin", "balance": 0.5},
     "kd0": {"lambda_kd": 0.0},
+    "kd01": {"lambda_kd": 0.1},
+    "margin": {"attack_form": "margin"},
+    "margin003": {"attack_form": "margin", "lambda_kd": 0.03},
+    "bal05": {"attack_form": "margin", "balance": 0.5},
 }
 
 
 def get_grid():
     """The default settings with fine-tuning and Base AT beside them, then BI-BAU (U) alone with one thing changed."""
-    settings = SURE | {"measured_on": "validation", "reactivate.checks": "retuning,bec", "defense.beside": "ft,base_at"}
+    settings = SURE | {"measured_on": "validation", "reactivate.checks": "retuning", "implant.clean_twin": "none"}
+    settings |= {"defense.beside": "ft,base_at"}
     variants = {
         suffix: {"defense.beside": ""} | {f"defense.{name}": value for name, value in changes.items()}
         for suffix, changes in VARIANTS.items()
