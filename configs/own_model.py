@@ -20,6 +20,9 @@ def get_config():
     config.implant.clean_twin = "none"
     config.defense.beside = ""
     config.defense.target_label = -1  # bibau_t takes the class that the scan suspects
+    # A stranger's model may be sure of itself; then cross-entropy has no gradient, and L_kd decides alone what x' looks like.
+    config.defense.attack_form = "margin"
+    config.defense.lambda_kd = 0.1
     config.defense.epochs = 12
     config.defense.batch_size = 64
     config.defense.learning_rate = 0.03
@@ -27,5 +30,6 @@ def get_config():
     config.defense.pgd.step_size = 15.0
     config.defense.pgd.epsilon = 50.0
     config.reactivate.checks = ""
+    config.reactivate.query.epochs = 20  # the paper's 50 take two and a half times as long
     config.reactivate.retuning.poisoned = 5  # the most that the paper gives any attack
     return config
