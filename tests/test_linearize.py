@@ -146,6 +146,13 @@ def test_mistakes_are_told(gram, tiny, tiny_variables, sample):
         flow.spectrum(np.triu(gram[0]))
     with pytest.raises(UserError, match="step_size must stay below"):
         flow.squared(flow.spectrum(gram[0]), *gram[1:], time=1.0, step_size=10.0)
+    for wrong, words in (({"time": -1.0}, "time=-1.0 must not be"), ({"ridge": -2.0}, "ridge=-2.0 must not be")):
+        with pytest.raises(UserError, match=words):
+            flow.squared(flow.spectrum(gram[0]), *gram[1:], **wrong)
+    with pytest.raises(UserError, match="must be of one shape, with as many numbers as the kernel has rows"):
+        flow.squared(flow.spectrum(gram[0]), gram[1][:-1], gram[2][:-1])
+    with pytest.raises(UserError, match="give a finite time"):
+        flow.cross_entropy(gram[0], gram[1], np.zeros(len(gram[1]), int), time=np.inf)
     with pytest.raises(UserError, match='loss "hinge" is unknown'):
         linearize.descend(tiny, tiny_variables, *sample[:2], loss="hinge", step_size=0.1, steps=1)
 

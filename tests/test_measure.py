@@ -51,8 +51,22 @@ def test_a_finished_run_is_measured_and_only_read(tiny_config, tmp_path):
     assert again["defenses"]["ft"]["trajectory"] == found["defenses"]["ft"]["trajectory"]
 
 
-@pytest.mark.slow
 def test_a_folder_that_holds_no_run_is_told_in_one_line(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        measure.main([str(tmp_path), f"--out={tmp_path / 'out'}"])
-    assert "cannot be read as a run's config" in capsys.readouterr().err
+    for flags, words in (([], "cannot be read as a run's config"), (["--defaults=no.py"], "there is no no.py: run this in")):
+        with pytest.raises(SystemExit):
+            measure.main([str(tmp_path), f"--out={tmp_path / 'out'}", *flags])
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "words"),
+    [
+        (["ft"], {"tangents": 0}, "--tangents=0 must be at least 1"),
+        (["ft"], {"images": 0}, "--images=0 must be at least 1"),
+        (["foo"], {}, 'unknown defence "foo"'),
+        (["ft"], {}, "has no model of ft; leave it out of --defenses, or give --states"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_before_it_begins(rows, changes, words, tiny_config, tmp_path):
+    with pytest.raises(UserError, match=words):
+        measure.check(Run(tiny_config(), tmp_path), rows, None, **({"images": 4, "tangents": 2} | changes))

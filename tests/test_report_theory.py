@@ -18,13 +18,15 @@ def run_of(seed: int, **ends) -> dict:
     """What `theory.measure` tells of a run, with angles at the end by defence, (to the backdoor, to the clean task)."""
     overlaps = {kind: {"energy": 0.5, "frobenius": 0.1} for kind in ("triggered", "same_triggered", "ceiling", "floor")}
     drifts = {"share": 0.25, "compensation": 0.5, "cosine": 0.9, "linear_gap": 2.0, "implanted": 4.0, "left": 1.0, "moved": 3.0}
-    drifts["layers"] = {"conv1": {"share": 0.5}}
+    drifts["by_statistics"], drifts["layers"] = 0.4, {"conv1": {"share": 0.5}, "conv2": {"share": 0.7}, "conv3": {"share": 0.9}}
     shares = dict.fromkeys(("fooled", "target", "kept", "both"), 0.5)
     found = {"attack": "badnets", "seed": seed, "orthogonality": 60.0, "orthogonality_signed": 90.0, "defenses": {}}
+    found |= {"settings": {"tangents": 24}, "directions": {"implanted_to_backdoor": 88.0 + seed}}
     found["tangent_overlap"] = {"none": overlaps, "clean": overlaps}
     for row, (backdoor, clean) in ends.items():
         way = {"step": [1, 2], "whole_to_backdoor": [95.0, backdoor], "whole_to_clean": [80.0, clean]}
         found["defenses"][row] = {"ca": 70.0, "asr": 5.0, "trajectory": way | {"whole_to_implanted": [95.0, 99.0]}}
+        found["defenses"][row]["angles_by_module"] = {"conv1": {"to_backdoor": 91.0}, "head": {"to_backdoor": 120.0}}
         found["defenses"][row]["completeness"] = {"clean": drifts | {"implanted": 2.0}, "triggered": drifts}
         if row == "bibau_u":
             found["defenses"][row]["adversarial"] = {"start": shares, "end": shares}
@@ -72,20 +74,35 @@ def test_a_damaged_record_is_named(tmp_path):
 def test_tables_have_a_line_for_every_attack_and_defence(runs):
     told = unlearning.tables(runs)
     assert "| BadNets | Fine-tuning | 70.0 ± 0.0 | 5.0 ± 0.0 | 105.0 ± 7.1 | 74.0 ± 19.8 |" in told
-    drifts = "0.25 ± 0.00 | 0.50 ± 0.00 | 0.90 ± 0.00 | 2.00 ± 0.00 | 0.75 ± 0.00 | 0.25 ± 0.00 | 0.50 ± 0.00"
+    drifts = "0.25 ± 0.00 | 0.50 ± 0.00 | 0.90 ± 0.00 | 2.00 ± 0.00 | 0.40 ± 0.00 | 0.75 ± 0.00 | 0.25 ± 0.00 | 0.50 ± 0.00"
     assert f"| BadNets | BI-BAU (U) | {drifts} | 2 |" in told
-    assert told.count("Fine-tuning") == 2 and told.count("BI-BAU (U)") == 3  # fine-tuning makes no adversarial images
+    assert told.count("| Fine-tuning") == 4 and told.count("| BI-BAU (U)") == 5  # fine-tuning makes no adversarial images
+    assert "| BadNets | 90.0 ± 0.0 | 60.0 ± 0.0 | 88.5 ± 0.7 | 50.0" in told and "| 0.10 (0.10, 0.10) | 24 | 2 |" in told
+    assert "| BadNets | Fine-tuning | 91.0 ± 0.0 | 120.0 ± 0.0 | 2 |" in told
+    assert "| BadNets | Fine-tuning | 0.50 ± 0.00 | 0.70 ± 0.00 | 0.90 ± 0.00 | 0.50" in told
+
+
+def test_gaps_of_older_records_which_counted_statistics_are_left_out(runs):
+    for run in runs:
+        for told in run["defenses"].values():
+            told["completeness"]["triggered"] = dict(told["completeness"]["triggered"])
+            del told["completeness"]["triggered"]["by_statistics"]
+    assert "0.90 ± 0.00 | – | – | 0.75 ± 0.00" in unlearning.tables(runs)
 
 
 def test_the_verdict_counts_who_is_closer_to_what_is_asked(runs):
     told = unlearning.verdict(runs)
-    assert "BI-BAU (U) ends 45.0 ± 7.1° off, Fine-tuning 75.0 ± 7.1° off; closer in 2 of 2 runs, by 30.0 ± 0.0°" in told
-    assert "BI-BAU (U) ends 15.0 ± 7.1° off, Fine-tuning 16.0 ± 19.8° off; closer in 1 of 2 runs" in told
+    assert "BI-BAU (U) ends 45.0 ± 7.1° off, Fine-tuning 75.0 ± 7.1° off; nearer in 2 of 2 runs" in told
+    assert "on average nearer by 30.0 ± 0.0°" in told
+    assert "BI-BAU (U) ends 15.0 ± 7.1° off, Fine-tuning 16.0 ± 19.8° off; nearer in 1 of 2 runs" in told
+    assert "on average farther by 30.0 ± 0.0°" in unlearning.verdict(runs, "ft", "bibau_u")
     assert unlearning.verdict(runs, other="base_at") == "No run has both BI-BAU (U) and Base AT."
 
 
 def test_the_command_writes_tables_and_a_picture(runs, tmp_path):
     for run in runs:
-        records.write_study(tmp_path / "runs" / f"badnets_{run['seed']}.json", "unlearning", "", {}, run)
+        records.write_study(tmp_path / "runs" / f"badnets_{run['seed']}.json", "unlearning", "", run["settings"], run)
+    assert unlearning.main([str(tmp_path / "runs"), f"--out={tmp_path}"]) == 0
+    records.write_study(tmp_path / "runs" / "widths.json", "widths", "", {}, {"runs": []})  # of another kind, left aside
     assert unlearning.main([str(tmp_path / "runs"), f"--out={tmp_path}"]) == 0
     assert png(tmp_path / "unlearning.png") and "Proposition 4.2" in (tmp_path / "unlearning.md").read_text()

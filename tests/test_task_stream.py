@@ -53,6 +53,24 @@ def test_a_first_phase_as_long_as_everything_is_refused(told):
         task_stream.phases(keys.root(1), told[0], **(SHARES | {"first_epochs": 10}))
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"clean_share": 2.0}, "stream.clean_share=2.0 must lie in 0..1"),
+        ({"poison_share": -0.1}, "stream.poison_share=-0.1 must lie in 0..1"),
+        ({"poisoned_images": -1}, "stream.poisoned=-1 must not be negative"),
+    ],
+)
+def test_shares_outside_their_range_are_refused(told, changes, words):
+    with pytest.raises(UserError, match=words):
+        task_stream.phases(keys.root(1), told[0], **(SHARES | changes))
+
+
+def test_a_config_of_something_else_is_refused(tiny_config, tmp_path):
+    with pytest.raises(UserError, match="has no section stream; take configs/theory/task_stream.py"):
+        task_stream.run(tiny_config(), str(tmp_path / "x"))
+
+
 @pytest.fixture
 def config():
     made = importlib.import_module("configs.theory.task_stream").get_config("digits")

@@ -24,15 +24,21 @@ HEADS = {
 }
 NOTES = {
     "tasks": "Gradient angle: of the kernels' gradients on clean and on triggered test images, signed and of the magnitudes. "
+    "Installed: the angle of θ_b − θ_clean, the way that the backdoor really came, to the gradient direction of learning it. "
     "Tangent overlap: the share of clean images' squared gradients that lies in the tangent space of other images, percent: "
     "triggered ones, the same ones with the trigger, other clean ones (the ceiling), images with shuffled pixels (the floor); "
-    "and triggered ones at the clean twin.",
-    "angles": "Asked: 180 to learning the backdoor, 90 to learning the clean task. Below 90 to the clean task helps it.",
+    "and triggered ones at the clean twin. Frobenius: |O|² over the rank, triggered (ceiling, floor).",
+    "angles": "Asked: 180 to learning the backdoor, 90 to learning the clean task. Below 90 to the clean task helps it. CA and "
+    "ASR are over the images that the run's re-activation is counted on.",
+    "modules": "The same angle to learning the backdoor, module by module.",
+    "layers": "Share of the backdoored model's squared distance from the clean twin that is left, of the features behind the "
+    "first and the last convolution and one halfway; 1 is as before. On clean images that distance is small to begin with.",
     "drifts": "Of logits. On triggered images: share |f_u − f_clean|² over |f_b − f_clean|², 0 is complete, 1 as before; how "
     "much of the backdoor's drift is taken back, and the cosine of unlearning's drift to the way back (Eq. 10: 1 and "
-    "1); linear gap, |f_u − its linearisation at f_b| over |f_u − f_b|. On clean images, over the same |f_b − "
-    "f_clean|² of triggered ones: moved |f_u − f_b|² (Eq. 10: 0), left |f_u − f_clean|² (Eq. 9: 0), and |f_b − "
-    "f_clean|² before: two trainings differ by more than the poison.",
+    "1); linear gap, |f − f_lin| over |f − f_b| for the purified parameters under θ_b's running statistics (older records "
+    "compare under the purified ones and are left out); by statistics, the share of |f_u − f_b| that these make up. On clean "
+    "images, over the triggered ones' |f_b − f_clean|²: moved |f_u − f_b|² (Eq. 10: 0), left |f_u − f_clean|² (Eq. 9: 0), and "
+    "|f_b − f_clean|² before: two trainings differ by more than the poison.",
     "images": "x′ made by the defence at its start and at its end. Fooled: the backdoored model does not say the true class; "
     "target: it says the attack's target; kept: the clean twin sees the true class; both: fooled and kept.",
 }
@@ -40,7 +46,8 @@ NOTES = {
 
 def collect(folder: Path) -> list[dict]:
     """What was found on every run that has a record in a folder, by attack and seed; UserError where there is none."""
-    found = [records.read_study(path).found for path in sorted(Path(folder).glob("*.json"))]
+    studies = [records.read_study(path) for path in sorted(Path(folder).glob("*.json"))]
+    found = [study.found | {"settings": study.settings} for study in studies if study.kind == "unlearning"]
     if not found:
         raise UserError(f"{folder} holds no record of theory.measure")
     return sorted(found, key=lambda run: (words.order(words.ATTACKS, run["attack"]), run["seed"]))
@@ -60,10 +67,12 @@ def tables(runs: list[dict]) -> str:
     parts = [
         ("Clean and backdoor task at the backdoored model", "tasks", _tasks(runs)),
         ("Proposition 4.2: angles of the way from θ_b to the purified model, degrees", "angles", _angles(runs)),
+        ("The same by module", "modules", _modules(runs)),
         ("Complete unlearning (Eq. 8-10)", "drifts", _drifts(runs)),
+        ("The same by layer", "layers", _layers(runs)),
         ("Proposition 4.3: shares of adversarial images, percent", "images", _images(runs)),
     ]
-    return "\n".join(f"### {title}\n\n{NOTES[name]}\n\n{table}" for title, name, table in parts)
+    return "\n".join(f"## {title}\n\n{NOTES[name]}\n\n{table}" for title, name, table in parts)
 
 
 def _groups(runs: list[dict]) -> dict[str, list[dict]]:
@@ -85,9 +94,15 @@ def _tasks(runs: list[dict]) -> str:
         overlaps = [[100 * run["tangent_overlap"]["none"][kind]["energy"] for run in group] for kind in kinds]
         overlaps.append([100 * run["tangent_overlap"]["clean"]["triggered"]["energy"] for run in group])
         angles = [[run[name] for run in group] for name in ("orthogonality_signed", "orthogonality")]
-        lines.append([words.attack(attack), *map(spread, angles + overlaps), str(len(group))])
-    heads = ["Attack", "Angle, signed", "Angle of magnitudes", *kinds.values(), "Triggered, at the twin", "Seeds"]
-    return _table(heads, 1, lines)
+        angles.append([run["directions"]["implanted_to_backdoor"] for run in group])
+        told = [group[0]["tangent_overlap"]["none"][kind]["frobenius"] for kind in ("triggered", "ceiling", "floor")]
+        frobenius = "{:.2f} ({:.2f}, {:.2f})".format(*told)
+        sizes = sorted({run["settings"]["tangents"] for run in group})
+        lines.append(
+            [words.attack(attack), *map(spread, angles + overlaps), frobenius, ", ".join(map(str, sizes)), str(len(group))]
+        )
+    heads = ["Attack", "Angle, signed", "Angle of magnitudes", "Installed", *kinds.values(), "Triggered, at the twin"]
+    return _table([*heads, "Frobenius, first seed", "Images a kind", "Seeds"], 1, lines)
 
 
 def _rows(runs: list[dict], heads: list[str], cells: Callable[[list[dict]], list[str]]) -> str:
@@ -109,16 +124,38 @@ def _angles(runs: list[dict]) -> str:
     return _rows(runs, ["CA", "ASR", *heads], cells)
 
 
+def _modules(runs: list[dict]) -> str:
+    names = list(dict.fromkeys(name for run in runs for told in run["defenses"].values() for name in told["angles_by_module"]))
+
+    def cells(told):
+        found = [[one["angles_by_module"].get(name) for one in told] for name in names]
+        return [spread(one["to_backdoor"] for one in each if one) for each in found]
+
+    return _rows(runs, names, cells)
+
+
+def _layers(runs: list[dict]) -> str:
+    def cells(told):
+        layers = [[list(one["completeness"][kind]["layers"].values()) for one in told] for kind in ("triggered", "clean")]
+        places = (lambda size: 0, lambda size: size // 2, lambda size: size - 1)
+        return [spread((one[place(len(one))]["share"] for one in kind), 2) for kind in layers for place in places]
+
+    heads = [f"{kind}: {place}" for kind in ("Triggered", "Clean") for place in ("first", "halfway", "last")]
+    return _rows(runs, heads, cells)
+
+
 def _drifts(runs: list[dict]) -> str:
     def cells(told):
-        names = ("share", "compensation", "cosine", "linear_gap")
+        names = ("share", "compensation", "cosine")
         values = [spread((one["completeness"]["triggered"][name] for one in told), 2) for name in names]
+        comparable = [one["completeness"]["triggered"] for one in told if "by_statistics" in one["completeness"]["triggered"]]
+        values += [spread((one[name] for one in comparable), 2) for name in ("linear_gap", "by_statistics")]
         for name in ("moved", "left", "implanted"):
             pairs = [(one["completeness"]["clean"][name], one["completeness"]["triggered"]["implanted"]) for one in told]
             values.append(spread((part / whole for part, whole in pairs), 2))
         return values
 
-    heads = ["Share", "Taken back", "Cosine", "Linear gap", "Clean: moved", "Clean: left", "Clean: before"]
+    heads = ["Share", "Taken back", "Cosine", "Linear gap", "By statistics", "Clean: moved", "Clean: left", "Clean: before"]
     return _rows(runs, heads, cells)
 
 
@@ -142,9 +179,14 @@ def verdict(runs: list[dict], row: str = "bibau_u", other: str = "ft") -> str:
     for name, what in (("to_backdoor", "antagonistic to the backdoor"), ("to_clean", "orthogonal to the clean task")):
         off = [[abs(one["trajectory"][f"whole_{name}"][-1] - ASKED[name]) for one in pair] for pair in pairs]
         closer = sum(mine < theirs for mine, theirs in off)
-        mine, theirs, gain = (spread(each) for each in (*zip(*off, strict=True), [b - a for a, b in off]))
+        gains = [theirs - mine for mine, theirs in off]
+        nearer = "nearer" if statistics.mean(gains) > 0 else "farther"
+        mine, theirs, gain = (
+            spread(each) for each in (*zip(*off, strict=True), [g if nearer == "nearer" else -g for g in gains])
+        )
         ends = f"{words.defense(row)} ends {mine}° off, {words.defense(other)} {theirs}° off"
-        lines.append(f"- **{what}** (asked: {ASKED[name]:.0f}°): {ends}; closer in {closer} of {len(pairs)} runs, by {gain}°.")
+        counted = f"nearer in {closer} of {len(pairs)} runs, on average {nearer} by {gain}°"
+        lines.append(f"- **{what}** (asked: {ASKED[name]:.0f}°): {ends}; {counted}.")
     return "\n".join(lines) + "\n"
 
 
@@ -174,11 +216,11 @@ def picture(runs: list[dict], path: Path) -> Path | None:
         for place, angle in enumerate(("to_backdoor", "to_clean")):
             axes[place][column].axhline(ASKED[angle], color="#1c1d1f", linestyle=":", linewidth=1)
             axes[place][column].set(xlabel="step of the purification")
-            axes[place][0].set(ylabel=f"angle {HEADS[angle]}\n(dotted: asked by Proposition 4.2)")
+            axes[place][0].set(ylabel=f"degrees {HEADS[angle]}\n(dotted: asked)")
         axes[2][column].axhline(1, color="#1c1d1f", linestyle=":", linewidth=1)
         axes[2][column].set(yscale="log")
         axes[2][column].set_xticks(range(len(layers)), list(layers), rotation=70, fontsize=7)
-        axes[2][0].set(ylabel="drift from the clean twin on triggered\nimages, share of the backdoored model’s")
+        axes[2][0].set(ylabel="left of the drift,\ntriggered images, by layer")
         axes[0][column].set_title(words.attack(attack), loc="left")
     for axis in np.ravel(axes):
         axis.grid(alpha=0.25)
@@ -195,7 +237,8 @@ def main(arguments=None) -> int:
     try:
         runs = collect(given.folder)
         given.out.mkdir(parents=True, exist_ok=True)
-        head = f"## Is Proposition 4.2 better met by BI-BAU (U) than by fine-tuning?\n\n{verdict(runs)}\n"
+        head = f"# Is Proposition 4.2 better met by BI-BAU (U) than by fine-tuning?\n\n{verdict(runs)}\n"
+        head += f"Made from the records by `python -m bibau_jax.report.unlearning {given.folder} --out={given.out}`.\n\n"
         records.write_text(given.out / "unlearning.md", f"{head}{tables(runs)}")
         drawn = picture(runs, given.out / "unlearning.png")
         print(given.out / "unlearning.md", *([drawn] if drawn else []), sep="\n")

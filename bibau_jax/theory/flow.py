@@ -46,6 +46,9 @@ def squared(
       ridge: weight of |theta - theta_0|^2 / 2 beside the loss.
       step_size: above 0, gradient descent by time / step_size such steps instead of the flow.
     """
+    _check(of.values.size, start, targets, time)
+    if ridge < 0:
+        raise UserError(f"ridge={ridge} must not be negative")
     values = of.values + ridge
     if step_size * values.max(initial=0.0) >= 1:
         raise UserError(f"step_size must stay below {1 / values.max():.3g}, one over the kernel's largest eigenvalue")
@@ -67,6 +70,9 @@ def cross_entropy(
     da/dt = onehot(y) - softmax(f_0 + K a), by an adaptive Runge-Kutta method; with `step_size`, by gradient descent instead.
     """
     shape, truth = np.shape(start), np.eye(np.shape(start)[1])[labels]
+    _check(len(kernel), start, truth, time)
+    if not np.isfinite(time):
+        raise UserError("cross-entropy has no end of its flow: give a finite time")
 
     def change(_, flat):
         return (truth - special.softmax(moved(kernel, start, flat.reshape(shape)), axis=1)).reshape(-1)
@@ -79,7 +85,20 @@ def cross_entropy(
     if time == 0:
         return coefficients.reshape(shape)
     found = integrate.solve_ivp(change, (0.0, time), coefficients, rtol=1e-6, atol=1e-9, t_eval=(time,))
+    if not found.success:
+        raise UserError(f"the flow of the cross-entropy could not be followed to time {time}: {found.message}")
     return found.y[:, -1].reshape(shape)
+
+
+def _check(size: int, start: np.ndarray, targets: np.ndarray, time: float) -> None:
+    """Raises `UserError` unless `start` and `targets` are of one shape with `size` numbers, and the time is not negative."""
+    if np.shape(start) != np.shape(targets) or np.size(start) != size:
+        raise UserError(
+            f"outputs {list(np.shape(start))} and targets {list(np.shape(targets))} must be of one shape, with as many "
+            f"numbers as the kernel has rows, {size}"
+        )
+    if not time >= 0:
+        raise UserError(f"time={time} must not be negative")
 
 
 def moved(block: np.ndarray, start: np.ndarray, coefficients: np.ndarray) -> np.ndarray:

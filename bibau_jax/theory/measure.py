@@ -59,6 +59,21 @@ def of_run(this: Run, rows: list[str], states: Path | None, *, images: int, tang
     return found
 
 
+def check(this: Run, rows: list[str], states: Path | None, *, images: int, tangents: int) -> None:
+    """Raises `UserError` on sizes below 1, a row that is no defence, and a model that a run does not have."""
+    for name, value in (("images", images), ("tangents", tangents)):
+        if value < 1:
+            raise UserError(f"--{name}={value} must be at least 1")
+    for row in rows:
+        defenses.get(row)
+        if not states and not (this.folder / "purify" / row / "model").exists():
+            raise UserError(
+                f"{this.folder} has no model of {row}; leave it out of --defenses, or give --states to run it again"
+            )
+    for stage in ("implant", "clean"):
+        this.model_folder(stage)
+
+
 def completed(config: dict, defaults: dict) -> dict:
     """A nested config with the fields that it lacks, of a run that an earlier version made, from `defaults`."""
     sections = {name: value for name, value in config.items() if isinstance(value, dict) and name in defaults}
@@ -110,7 +125,7 @@ def of_defense(scene: Scene, row: str, place: Path | None, clean: ImageSet, trig
     points = trajectory.trajectory(models["none"], [params for _, params in states], towards)
     three = complete_unlearning.Models(models["clean"], models["none"], last)
     movement = trajectory.difference(models["none"]["params"], last["params"])
-    found = _rates(scene, last) | {"apart_from_run": _apart(this, row, last)}
+    found = _rates(scene, last) | {"apart_from_run": _apart(this, row, last) if place else None}
     found["trajectory"] = {
         "step": [step for step, _ in states],
         "length": [point.length for point in points],
@@ -151,7 +166,7 @@ def purification(this: Run, row: str, variables, place: Path) -> tuple[list, dic
 
 
 def _apart(this: Run, row: str, variables) -> float | None:
-    """How far the repeated purification ended from the run's own, |difference| / |parameters|; None without the latter."""
+    """How far a repeated purification ended from the run's own, |difference| / |parameters|; None without the latter."""
     if not (this.folder / "purify" / row / "model").exists():
         return None
     theirs, mine = load_model(this, f"purify/{row}")[0]["params"], variables["params"]
@@ -163,11 +178,19 @@ def _apart(this: Run, row: str, variables) -> float | None:
 
 
 def _completeness(this: Run, models: complete_unlearning.Models, images: np.ndarray) -> dict:
-    """Eq. 8-10 in total and by layer, and how far the purified model is from the backdoored one's linearisation."""
+    """Eq. 8-10 in total and by layer, and how far the purified parameters lead from the backdoored model's linearisation.
+
+    `linear_gap` is |f_lin - f| over |f - f_b| at the backdoored model's running statistics, `by_statistics` how much of
+    |f_u - f_b| the purified model's own statistics make up.
+    """
     logits = [train.logits(this.classifier, each, images) for each in models]
     found = complete_unlearning.completeness(*logits)._asdict()
-    linear = linearize.outputs(this.classifier, models.backdoored, models.purified["params"], images)
-    found["linear_gap"] = float(np.linalg.norm(linear - logits[2]) / np.linalg.norm(logits[2] - logits[1]))
+    # The linearisation is of the parameters alone, so that it is held against the purified ones under the old statistics.
+    purified = models.purified["params"]
+    linear = linearize.outputs(this.classifier, models.backdoored, purified, images)
+    unmoved = train.logits(this.classifier, models.backdoored | {"params": purified}, images)
+    found["linear_gap"] = float(np.linalg.norm(linear - unmoved) / np.linalg.norm(unmoved - logits[1]))
+    found["by_statistics"] = float(np.linalg.norm(logits[2] - unmoved) / np.linalg.norm(logits[2] - logits[1]))
     found["layers"] = complete_unlearning.by_layer(this.classifier, models, images)
     return found
 
@@ -211,12 +234,17 @@ def main(arguments=None) -> None:
     sizes = {"images": given.images, "tangents": given.tangents}
     parallel.keep_compiled()
     try:
+        if not given.defaults.is_file():
+            raise UserError(f"there is no {given.defaults}: run this in the repository's root, or name the file by --defaults")
         defaults = runpy.run_path(str(given.defaults))["get_config"]().to_dict()
         configs = {folder: completed(read_config(folder), defaults) for folder in given.runs}
         parallel.use_cores(*(size for config in configs.values() for size in experiment.batch_sizes(config)))
-        for folder, config in configs.items():
-            found = of_run(Run(config, folder.absolute()), rows, given.states and given.states.absolute(), **sizes)
-            path = given.out / f"{folder.name}.json"
+        runs, states = [Run(config, folder.absolute()) for folder, config in configs.items()], given.states
+        for run in runs:
+            check(run, rows, states, **sizes)
+        for run in runs:
+            found = of_run(run, rows, states and states.absolute(), **sizes)
+            path = given.out / f"{run.folder.name}.json"
             if parallel.is_lead():
                 records.write_study(path, "unlearning", command, sizes | {"defenses": rows}, found)
                 print(path)

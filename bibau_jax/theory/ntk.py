@@ -6,7 +6,7 @@ fit into memory, on all devices; the spans' kernels are added up. `products` has
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +100,7 @@ def _jacobian(of_span: Callable, given, images: np.ndarray, chunk: int, bar) -> 
     return found.reshape(-1, found.shape[-1])
 
 
-@cache
+@lru_cache(maxsize=32)  # programs are large
 def _rows(classifier: Classifier, begin: int, end: int, chunk: int, mesh) -> Callable:  # the mesh is part of the cache's key
     """`(variables and readout, images) -> [N, R, end - begin]`: gradients of every output for a span of the parameters."""
 

@@ -53,6 +53,11 @@ def phases(
     """
     if not 0 < first_epochs < epochs:
         raise UserError(f"stream.first_epochs={first_epochs} must lie between 0 and stream.epochs={epochs}")
+    for name, share in (("clean_share", clean_share), ("poison_share", poison_share)):
+        if not 0 <= share <= 1:
+            raise UserError(f"stream.{name}={share} must lie in 0..1")
+    if poisoned_images < 0:
+        raise UserError(f"stream.poisoned={poisoned_images} must not be negative")
     bad, good = np.flatnonzero(poisoned.poisoned), np.flatnonzero(~poisoned.poisoned)
     order = [np.asarray(jax.random.permutation(keys.stream(key, name), rows)) for name, rows in (("bad", bad), ("good", good))]
     some_good = order[1][: round(clean_share * len(good))]
@@ -157,6 +162,8 @@ def run(config: dict, folder: str) -> Path:
     """All three settings in a folder that is claimed for this config; returns the path of the figure."""
     from bibau_jax.report import theory
 
+    if "stream" not in config:
+        raise UserError("the config has no section stream; take configs/theory/task_stream.py")
     this = Run(config, Path(folder).expanduser().absolute())
     if this.attack.control is not None:
         raise UserError(f'attack "{this.attack.name}" takes a hand in training, which a stream of tasks has no room for')
@@ -173,7 +180,7 @@ def command(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     config = cli.CONFIG.value.to_dict()
     parallel.keep_compiled()
-    parallel.use_cores(config["stream"]["batch_size"])
+    parallel.use_cores(config.get("stream", {}).get("batch_size", 1))
     try:
         print(run(config, cli.WORKDIR.value))
     except UserError as error:

@@ -101,7 +101,10 @@ def main(arguments=None) -> None:
     parallel.keep_compiled()
     parallel.use_cores(ntk.BLOCK)
     try:
-        widths, runs = [int(width) for width in given.widths.split(",")], []
+        widths, runs = _widths(given.widths), []
+        for name in ("seeds", "steps"):
+            if getattr(given, name) < 1:
+                raise UserError(f"--{name}={getattr(given, name)} must be at least 1")
         with progress.bar(len(widths) * given.seeds, "widths", unit="network", show=parallel.is_lead()) as bar:
             for width in widths:
                 for seed in range(given.seeds):
@@ -111,8 +114,18 @@ def main(arguments=None) -> None:
         if parallel.is_lead():
             told = records.write_study(given.out / "widths.json", "widths", command, settings, {"runs": runs})
             print(theory.widths(told.found, given.out / "widths.png"))
-    except (UserError, ValueError) as error:
+    except UserError as error:
         fail(error)
+
+
+def _widths(told: str) -> list[int]:
+    try:
+        widths = [int(width) for width in told.split(",")]
+    except ValueError:
+        raise UserError(f'--widths="{told}" must be numbers with commas between them, e.g. 4,16,64') from None
+    if min(widths) < 1:
+        raise UserError(f"--widths={told} must be at least 1 each")
+    return widths
 
 
 if __name__ == "__main__":
