@@ -1,6 +1,7 @@
 """What the commands share: the flags --config and --workdir, and ending with one line."""
 
 import ast
+import re
 import sys
 
 from absl import flags
@@ -50,7 +51,10 @@ def read_flags(argv: list[str]) -> list[str]:
         where = next((flag for flag in argv if f".{name}" in flag.partition("=")[0]), "").partition("=")[0]
         fail(f"unknown setting {reason}" + (f" (in {where})" if where else ""))
     except (flags.Error, OSError, ImportError, SyntaxError, TypeError, ValueError) as error:
-        fail(str(error).removeprefix("Configuration is not available because of an earlier failure to load: "))
+        said = str(error).removeprefix("Configuration is not available because of an earlier failure to load: ")
+        if "Traceback (most recent call last)" in said:  # of the file's own get_config; what went wrong stands last
+            said = re.split(r"\w*(?:Error|Exception): ", said)[-1]
+        fail(said)
     if len(rest) > 1:
         fail(f'"{rest[1]}" is not a flag; settings are written --config.name=value')
     return rest

@@ -276,6 +276,7 @@ def test_a_wrong_flag_is_named_before_jax_is_even_started(program, tmp_path, fla
         (["--config=configs/digits.py"], "where to? give --workdir, e.g. --workdir=runs/digits"),
         (["--workdir=RUN"], "which settings? give --config, e.g. --config=configs/digits.py"),
         (["--workdir=RUN", "--config=configs/nope.py"], "Failed loading config file"),
+        (["--workdir=RUN", "--config=configs/theory/task_stream.py:nope"], 'bibau_jax: unknown size of the task stream "nope"'),
         (["--workdir=RUN", "--config=pyproject.toml"], "(pyproject.toml, line "),
     ],
 )
