@@ -23,6 +23,9 @@ def get_config():
     # A stranger's model may be sure of itself; then cross-entropy has no gradient, and L_kd decides alone what x' looks like.
     config.defense.attack_form = "margin"
     config.defense.lambda_kd = 0.1
+    # Awake from the first step and never steep: clip(1/Q) throws a network that was trained long far off as it wakes.
+    config.defense.iewc_form = "neg_log"
+    config.defense.lambda_iewc = 1.0
     config.defense.epochs = 12
     config.defense.batch_size = 64
     config.defense.learning_rate = 0.03
