@@ -10,7 +10,7 @@ import pytest
 
 from bibau_jax import experiment, own, records
 from bibau_jax.errors import UserError
-from bibau_jax.importers import export, torch_file
+from bibau_jax.importers import export, suspect, torch_file
 from bibau_jax.report import own as report
 from bibau_jax.stages import purify, scan
 
@@ -152,6 +152,12 @@ def test_another_file_in_its_place_is_refused(finished, settings, backdoored, st
     export.write(other, arrays | {"module.linear.bias": arrays["module.linear.bias"] + 1})
     with pytest.raises(UserError, match="of another config|not the file"):
         experiment.run(settings({"model.weights": str(other)}), str(folder))
+
+
+def test_a_scale_that_images_cannot_tell_from_a_commoner_one_must_be_named():
+    tried = suspect._candidates("auto", (), (), 3)
+    assert "imagenet" in tried and "tiny_imagenet" not in tried
+    assert list(suspect._candidates("tiny_imagenet", (), (), 3)) == ["tiny_imagenet"]
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ NORMALISATIONS = {
     "gtsrb": ((0.3403, 0.3121, 0.3214), (0.2724, 0.2608, 0.2669)),
     "tiny_imagenet": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
 }
+NAMED_ONLY = ("tiny_imagenet",)  # too near to imagenet's, which is far more common, for images to tell them apart
 TRIED_ON = 500  # images that a normalisation is chosen on
 GUESSING = 1.5  # times the accuracy of guessing that a network must reach on its owner's images
 FEW = 100  # clean images: below, nothing that is counted on them is certain
@@ -65,8 +66,8 @@ def bring(
       weights: path of a `.pt`, `.pth`, `.tar`, `.th` or `.safetensors` file. container: see `torch_file.read`.
       images: labelled clean images of the kind that the network takes. class_names: of their classes, () where unknown.
       name: a network of `models.names()`, or "" to tell it by keys and shapes. file: one's own network, see `own_file`.
-      normalisation: one of NORMALISATIONS, "given" for `mean` and `std`, or "auto": that under which the images' cross-entropy
-        is lowest.
+      normalisation: one of NORMALISATIONS, "given" for `mean` and `std`, or "auto": the one, those of NAMED_ONLY aside, under
+        which the images' cross-entropy is lowest.
 
     UserError in one line for a file that cannot be read, a network that does not fit it, another number of classes, classes
     without images, and weights that classify these images no better than guessing.
@@ -188,7 +189,8 @@ def _candidates(normalisation: str, mean, std, channels: int) -> dict[str, tuple
     if normalisation not in ("auto", *NORMALISATIONS):
         known = ", ".join(("auto", "given", *NORMALISATIONS))
         raise UserError(f'model.normalisation "{normalisation}" is unknown; choose one of {known}')
-    chosen = NORMALISATIONS if normalisation == "auto" else {normalisation: NORMALISATIONS[normalisation]}
+    tried = [name for name in NORMALISATIONS if name not in NAMED_ONLY] if normalisation == "auto" else [normalisation]
+    chosen = {name: NORMALISATIONS[name] for name in tried}
     if channels != 3:  # grey: what differs by colour is one
         chosen = {name: tuple((sum(part) / 3,) * channels for part in pair) for name, pair in chosen.items()}
     return chosen
