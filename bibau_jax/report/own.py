@@ -43,29 +43,28 @@ def verdict(record) -> str:
         return "The model was not scanned yet."
     said = [_of_scan(record, found)]
     if after is not None:
-        left = [f"{words.percent(after.extra.get('stand_in_asr'))} of images"]
-        left += [
-            f"{words.percent(after.extra[f'stand_in_{name}'])} {how}"
-            for name, how in (("r_asr", "after retuning with a few such images"), ("q_asr", "with perturbations that wake it"))
-            if words.is_number(after.extra.get(f"stand_in_{name}"))
-        ]
         if words.is_number(after.extra.get("stand_in_asr")):
-            worked = words.percent(before.extra.get("stand_in_asr"))
+            rates = [words.percent(m.extra.get("stand_in_asr")) for m in (before, after)]
             patch = "That patch" if found["flagged"] else "The likeliest patch"
-            said.append(f"{patch} worked on {worked} of other images and works on {', '.join(left)} in the purified model.")
+            again = _called_back(after, "stand_in_")
+            said.append(f"{patch} worked on {rates[0]} of other images; in the purified model it works on {rates[1]}{again}.")
         if after.asr is not None and before.asr is not None:
-            again = [words.percent(after.extra.get(name)) for name in ("r_asr", "q_asr")]
             rates = [words.percent(m.asr.percent) for m in (before, after)]
-            said.append(
-                f"The given trigger worked on {rates[0]} and works on {rates[1]}; called back, on {again[0]} (retuning) and "
-                f"{again[1]} (perturbations)."
-            )
+            said.append(f"The given trigger worked on {rates[0]} and works on {rates[1]}{_called_back(after)}.")
             if before.asr.percent < WORKS:
                 said.append("It hardly works on the model as it came: is it the trigger, and verify.target_label its class?")
         said.append(f"Clean accuracy went from {words.percent(before.ca.percent)} to {words.percent(after.ca.percent)}.")
         if before.ca.percent - after.ca.percent > RUINED:
             said.append("That is too much for a model to be used: take more clean images, or set --config.defense.max_loss.")
     return " ".join(said)
+
+
+def _called_back(after, begin: str = "") -> str:
+    """How often a trigger works again in the purified model once somebody tries, for the end of a sentence."""
+    ways = {"r_asr": "retuning with a few triggered images", "q_asr": "perturbations that wake it"}
+    told = {how: after.extra.get(f"{begin}{name}") for name, how in ways.items()}
+    found = " and ".join(f"{words.percent(value)} ({how})" for how, value in told.items() if words.is_number(value))
+    return f"; called back, on {found}" if found else ""
 
 
 def _of_scan(record, found: dict) -> str:
@@ -214,15 +213,19 @@ def unknown_html(record) -> str:
 
 
 def table_html(record) -> str:
-    """What was measured, a line a number and a column a model: the inside of a table."""
+    """A table's inside: a line a number, a column a model, the main defence beside the model as it came."""
     made, main = rows(record), _main(record)
     if not made:
         return ""
-    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name, _ in made)
+    order = sorted(range(len(made)), key=lambda place: (place != 0, place != main))
+    heads = "".join(f'<th scope="col">{escape(made[place][0])}</th>' for place in order)
     body = []
     for line, (what, _) in enumerate(made[0][1]):
-        values = [cells[line][1] for _, cells in made]
-        cells = "".join(f"<td>{f'<b>{value}</b>' if place == main else value}</td>" for place, value in enumerate(values))
+        cells = ""
+        for place in order:
+            value, opened, interval = made[place][1][line][1].partition(" (")
+            value = f"<b>{value}</b>" if place == main else value
+            cells += f"<td>{value}{f'<br><small>{interval[:-1]}</small>' if opened else ''}</td>"
         body.append(f'<tr><th scope="row">{escape(what)}</th>{cells}</tr>')
     return f'<thead><tr><th scope="col"></th>{heads}</tr></thead><tbody>{"".join(body)}</tbody>'
 
