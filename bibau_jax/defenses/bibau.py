@@ -323,6 +323,20 @@ def purify(
       unlearning_labels: "predicted" or "true", see `unlearning_set`. fisher_refresh: F^cl "never" or every "epoch".
     """
     check_clean(classifier, clean)
+    objective = {
+        "lambda_kd": lambda_kd,
+        "lambda_prior": lambda_prior,
+        "lambda_ewc": lambda_ewc,
+        "lambda_iewc": lambda_iewc,
+        "alpha": alpha,
+        "temperature": temperature,
+        "eta": eta,
+        "prior_form": prior_form,
+        "iewc_cap": iewc_cap,
+        "iewc_form": iewc_form,
+        "attack_form": attack_form,
+        "balance": balance,
+    }
     check(
         classifier.num_classes,
         targeted=targeted,
@@ -330,37 +344,12 @@ def purify(
         ablation=ablation,
         max_grad_norm=max_grad_norm,
         pgd=pgd,
-        lambda_kd=lambda_kd,
-        lambda_prior=lambda_prior,
-        lambda_ewc=lambda_ewc,
-        lambda_iewc=lambda_iewc,
-        alpha=alpha,
-        temperature=temperature,
-        eta=eta,
-        prior_form=prior_form,
-        iewc_cap=iewc_cap,
-        iewc_form=iewc_form,
-        attack_form=attack_form,
-        balance=balance,
         unlearning_labels=unlearning_labels,
         fisher_refresh=fisher_refresh,
         fisher_chunk=fisher_chunk,
+        **objective,
     )
-    weights = weighted(
-        ablation,
-        lambda_kd=lambda_kd,
-        lambda_prior=lambda_prior,
-        lambda_ewc=lambda_ewc,
-        lambda_iewc=lambda_iewc,
-        alpha=alpha,
-        temperature=temperature,
-        eta=eta,
-        prior_form=prior_form,
-        iewc_cap=iewc_cap,
-        iewc_form=iewc_form,
-        attack_form=attack_form,
-        balance=balance,
-    )
+    weights = weighted(ablation, **objective)
     attack = {"target": target_label if targeted else None, "perturbation": pgd}
     steps = epochs * max(1, len(clean) // min(batch_size, len(clean)))
     optimizer = train.sgd(

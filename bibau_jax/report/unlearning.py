@@ -180,10 +180,8 @@ def verdict(runs: list[dict], row: str = "bibau_u", other: str = "ft") -> str:
         off = [[abs(one["trajectory"][f"whole_{name}"][-1] - ASKED[name]) for one in pair] for pair in pairs]
         closer = sum(mine < theirs for mine, theirs in off)
         gains = [theirs - mine for mine, theirs in off]
-        nearer = "nearer" if statistics.mean(gains) > 0 else "farther"
-        mine, theirs, gain = (
-            spread(each) for each in (*zip(*off, strict=True), [g if nearer == "nearer" else -g for g in gains])
-        )
+        sign, nearer = (1, "nearer") if statistics.mean(gains) > 0 else (-1, "farther")
+        mine, theirs, gain = (spread(each) for each in (*zip(*off, strict=True), [sign * gain for gain in gains]))
         ends = f"{words.defense(row)} ends {mine}° off, {words.defense(other)} {theirs}° off"
         counted = f"nearer in {closer} of {len(pairs)} runs, on average {nearer} by {gain}°"
         lines.append(f"- **{what}** (asked: {ASKED[name]:.0f}°): {ends}; {counted}.")
