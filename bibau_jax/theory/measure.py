@@ -140,7 +140,7 @@ def of_defense(scene: Scene, row: str, place: Path | None, clean: ImageSet, trig
         kind: _completeness(this, three, images.images) for kind, images in (("clean", clean), ("triggered", triggered))
     }
     if getattr(defenses.get(row).purify, "func", None) is bibau.purify:
-        found["adversarial"] = _adversarial(scene, row, last, len(clean))
+        found["adversarial"] = adversarial(scene, row, last, len(clean))
     return found
 
 
@@ -195,8 +195,11 @@ def _completeness(this: Run, models: complete_unlearning.Models, images: np.ndar
     return found
 
 
-def _adversarial(scene: Scene, row: str, last, count: int) -> dict:
-    """Proposition 4.3 on the defender's clean images, for x' as the defence makes them at its start and at its end."""
+def adversarial(scene: Scene, row: str, last, count: int) -> dict[str, dict[str, float]]:
+    """Proposition 4.3 on `count` of the defender's clean images, for x' of BI-BAU's kind as the defence makes them.
+
+    {"start": `AdversarialRates` as a dictionary, "end": the same at `last`, the purified variables}.
+    """
     this, backdoored = scene.this, scene.models["none"]
     chosen = this.options(row) | defenses.get(row).purify.keywords
     targeted, clean = chosen.get("targeted", False), this.splits.clean.take(slice(0, count))
