@@ -41,8 +41,8 @@ def _numbers(values) -> str:
 
 
 def _table(made) -> str:
-    heads = ["Model", *(name for name, _ in made[0][1])]
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *([name, *(value for _, value in cells)] for name, cells in made)]
+    heads = ["Model", *(cell.heading for cell in made[0][1])]
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *([name, *map(str, cells)] for name, cells in made)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -3,6 +3,7 @@
 import json
 from html import escape
 from importlib import resources
+from typing import NamedTuple
 
 import numpy as np
 from rich.table import Table
@@ -141,23 +142,34 @@ def facts(record) -> dict[str, str]:
     }
 
 
-def rows(record) -> list[tuple[str, list[tuple[str, str]]]]:
-    """(model, [(heading, value)]) of every model measured; columns that nobody has are left out."""
-    columns = {"Clean accuracy": _accuracy, "Largest anomaly index": _index}
+class Cell(NamedTuple):
+    """One number of the table, in words, and its interval where it has one."""
+
+    heading: str
+    value: str
+    interval: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.value} ({self.interval})" if self.interval else self.value
+
+
+def rows(record) -> list[tuple[str, list[Cell]]]:
+    """(model, its cells) of every model measured; columns that nobody has are left out."""
+    columns = {"Clean accuracy": _accuracy, "Largest anomaly index": lambda m: (_index(m),)}
     for begin, name in TRIGGERS.items():
-        columns[f"{name} works"] = lambda m, begin=begin: _rate(m, begin, "asr")
-        columns[f"{name} works after retuning"] = lambda m, begin=begin: _rate(m, begin, "r_asr")
-        columns[f"{name} works with perturbations"] = lambda m, begin=begin: _rate(m, begin, "q_asr")
+        columns[f"{name} works"] = lambda m, begin=begin: (_rate(m, begin, "asr"),)
+        columns[f"{name} works after retuning"] = lambda m, begin=begin: (_rate(m, begin, "r_asr"),)
+        columns[f"{name} works with perturbations"] = lambda m, begin=begin: (_rate(m, begin, "q_asr"),)
     measured = series.in_order(record.metrics.values())
-    made = {name: [column(m) for m in measured] for name, column in columns.items()}
-    kept = [name for name, values in made.items() if any(value != words.NOTHING for value in values)]
+    made = {name: [Cell(name, *column(m)) for m in measured] for name, column in columns.items()}
+    kept = [cells for cells in made.values() if any(cell.value != words.NOTHING for cell in cells)]
     called = [words.defense(m.defense) if m.defense != "none" else "The model as it came" for m in measured]
-    return [(name, [(column, made[column][place]) for column in kept]) for place, name in enumerate(called)]
+    return [(name, [cells[place] for cells in kept]) for place, name in enumerate(called)]
 
 
-def _accuracy(measured) -> str:
+def _accuracy(measured) -> tuple[str, str]:
     low, high = measured.ca.interval
-    return f"{words.percent(measured.ca.percent)} ({words.number(low)} to {words.number(high)})"
+    return words.percent(measured.ca.percent), f"{words.number(low)} to {words.number(high)}"
 
 
 def _index(measured) -> str:
@@ -199,8 +211,8 @@ def terminal(record) -> Table:
     table.add_column("")
     for name, _ in made:
         table.add_column(name, justify="right")
-    for line, (what, _) in enumerate(made[0][1] if made else ()):
-        table.add_row(what, *(cells[line][1] for _, cells in made))
+    for line, cell in enumerate(made[0][1] if made else ()):
+        table.add_row(cell.heading, *(str(cells[line]) for _, cells in made))
     return table
 
 
@@ -220,13 +232,13 @@ def table_html(record) -> str:
     order = sorted(range(len(made)), key=lambda place: (place != 0, place != main))
     heads = "".join(f'<th scope="col">{escape(made[place][0])}</th>' for place in order)
     body = []
-    for line, (what, _) in enumerate(made[0][1]):
+    for line, first in enumerate(made[0][1]):
         cells = ""
         for place in order:
-            value, opened, interval = made[place][1][line][1].partition(" (")
-            value = f"<b>{value}</b>" if place == main else value
-            cells += f"<td>{value}{f'<br><small>{interval[:-1]}</small>' if opened else ''}</td>"
-        body.append(f'<tr><th scope="row">{escape(what)}</th>{cells}</tr>')
+            cell = made[place][1][line]
+            value = f"<b>{cell.value}</b>" if place == main else cell.value
+            cells += f"<td>{value}{f'<br><small>{cell.interval}</small>' if cell.interval else ''}</td>"
+        body.append(f'<tr><th scope="row">{escape(first.heading)}</th>{cells}</tr>')
     return f'<thead><tr><th scope="col"></th>{heads}</tr></thead><tbody>{"".join(body)}</tbody>'
 
 
