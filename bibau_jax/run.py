@@ -14,7 +14,7 @@ from bibau_jax.data import own, splits
 from bibau_jax.defenses.bibau import Perturbation
 from bibau_jax.errors import UserError
 from bibau_jax.importers.pretrained import begin
-from bibau_jax.importers.suspect import Suspect, bring
+from bibau_jax.importers.suspect import Suspect, bring, counted
 from bibau_jax.importers.torch_file import sha256
 from bibau_jax.models import own_file
 
@@ -43,10 +43,8 @@ class Run:
         if section["folder"]:
             size = section["image_size"] or None
             mine = own.read(section["folder"], image_size=size)
-            test = own.read(section["test"], image_size=size) if section["test"] else None
-            if test is not None and test.class_names != mine.class_names:
-                raise UserError(f"{section['test']} and {section['folder']} are not of the same classes")
-            return data.Dataset("own", mine.images, test.images if test else mine.images.take(slice(0)), mine.class_names)
+            test = own.read_test(section["test"], mine, image_size=size) if section["test"] else mine.images.take(slice(0))
+            return data.Dataset("own", mine.images, test, mine.class_names)
         options = section.get(section["name"], {})
         progress.say(f"data: {section['name']}", show=parallel.is_lead())
         return data.load(
@@ -93,7 +91,7 @@ class Run:
             told = checkpoint.info(kept)["told"]
             known = told.get("sha256") == sha256(section["weights"])
             taken["normalisation"] = told["normalisation"] if known else taken["normalisation"]
-        return bring(
+        found = bring(
             section["weights"],
             self.splits.clean,
             class_names=self.dataset.class_names,
@@ -101,6 +99,8 @@ class Run:
             dtype=parallel.compute_dtype(self.config["compute"]),
             **taken,
         )
+        parts = {"given": self.dataset.train, "clean": self.splits.clean, "held_out": self.splits.validation}
+        return counted(found, **{name: len(part) for name, part in (parts | {"measured": self.measured}).items()})
 
     @cached_property
     def classifier(self) -> models.Classifier:

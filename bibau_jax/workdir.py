@@ -8,11 +8,12 @@ from bibau_jax.errors import UserError
 from bibau_jax.records import as_before, flat, write_text
 
 # What may change between two starts of the same run: where things lie and what else is asked for, never what was computed.
-FREE = ("stages", "tensorboard", "checkpoint_every", "distributed", "data.data_dir", "data.manual_dir", "data.download")
+FREE = ("stages", "tensorboard", "checkpoint_every", "distributed", "export")
+FREE += ("data.data_dir", "data.manual_dir", "data.download")
 ADDABLE = ("defense.beside", "implant.reuse", "implant.clean_twin", "reactivate.checks")
 
 # Sections of the config, and the folder that settles them.
-LATER = {"defense": "purify", "reactivate": "reactivate", "scan": "scan", "verify": "verify", "export": "export"}
+LATER = {"defense": "purify", "reactivate": "reactivate", "scan": "scan", "verify": "verify"}
 
 
 def told_apart_by(config: dict) -> dict:
@@ -44,13 +45,16 @@ def claim(workdir, config: dict) -> pathlib.Path:
     """The folder as an absolute path, made and marked with this config; a folder of another config or of no run is refused.
 
     The settings of the defences are free until the first of them has begun, and so are those of the checks that follow: one may
-    implant now and decide later.
+    implant now and decide later. A trigger that becomes known after all may be given to `verify` at any time.
     """
     folder = pathlib.Path(workdir).expanduser().absolute()
     marker = folder / "config.json"
     if marker.exists():
         undecided = [section for section, begun in LATER.items() if not (folder / begun).exists()]
-        changed = differences(read_config(folder), config, (*FREE, *ADDABLE, *undecided))
+        before = read_config(folder)
+        if not before.get("verify", {}).get("trigger"):
+            undecided.append("verify")
+        changed = differences(before, config, (*FREE, *ADDABLE, *undecided))
         if changed:
             raise UserError(f"{workdir} holds a run of another config ({'; '.join(changed)}); choose another --workdir")
     elif folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - {marker.name + ".part"}):

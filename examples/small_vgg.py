@@ -3,7 +3,8 @@
 It is that of the I-BAU authors' example (Zeng et al., ICLR 2022): three stages of two convolutions, each with BatchNorm and
 ELU, then a max-pool; the 2048 values that are left of a 32x32 image go to a linear layer. Their dropout is left out.
 
-python -m bibau_jax.main --config=configs/cifar10.py --config.model.file=examples/small_vgg.py
+python -m bibau_jax.main --config=configs/own_model.py --workdir=runs/mine --config.model.weights=suspect.pth \
+  --config.data.folder=clean/ --config.model.file=examples/small_vgg.py
 """
 
 from typing import Any
@@ -52,7 +53,7 @@ class SmallVGG(nn.Module):
 def build(*, num_classes, image_shape, mean, std, dtype) -> Classifier:
     """The network for these data. `norms` says which norm scales which convolution: defences that prune go by it."""
     if tuple(image_shape[:2]) != (32, 32):
-        raise UserError(f"the small VGG takes images of 32x32 pixels, not {image_shape[0]}x{image_shape[1]}")
+        raise UserError(f"the small VGG takes images of 32x32 pixels, not {image_shape[0]}x{image_shape[1]} (data.image_size)")
     numbers = [number for _, stage in STAGES for number in stage]
     norms = tuple(NormOfConv((f"features_{number}",), (f"features_{number + 1}",)) for number in numbers)
     return Classifier(SmallVGG(num_classes, tuple(mean), tuple(std), dtype), num_classes, tuple(image_shape), norms=norms)

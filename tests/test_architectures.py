@@ -90,17 +90,17 @@ def test_the_keys_of_a_stranger_are_refused_in_one_line():
 @pytest.mark.parametrize(
     "name, changed, words",
     [
-        ("preact_resnet18", {"layer1.0.conv3.weight": np.zeros((4, 4, 1, 1))}, r"1 are left over \(layer1.0.conv3.weight\)"),
-        ("vgg19_bn", {"classifier.3.bias": np.zeros(3)}, r"1 have another shape \(params/classifier_3/bias \[3\] for \[16\]\)"),
-        ("vit_b_32", {"1.encoder.pos_embedding": np.zeros((1, 12, 16))}, r"1 have another shape \(params/positions \[12, 16\]"),
-        ("vgg19_bn", {"classifier.6.weight": np.zeros((0, 16))}, r"2 have another shape \(params/head/bias \[10\] for \[1\]"),
+        ("preact_resnet18", {"layer1.0.conv3.weight": np.zeros((4, 4, 1, 1))}, r"1 left over \(layer1.0.conv3.weight\)"),
+        ("vgg19_bn", {"classifier.3.bias": np.zeros(3)}, r"1 of another shape \(params/classifier_3/bias \[3\] for \[16\]\)"),
+        ("vit_b_32", {"1.encoder.pos_embedding": np.zeros((1, 12, 16))}, r"1 of another shape \(params/positions \[12, 16\]"),
+        ("vgg19_bn", {"classifier.6.weight": np.zeros((0, 16))}, r"2 of another shape \(params/head/bias \[10\] for \[1\]"),
         (
             "vgg19_bn",
             {"features.0.weight": np.zeros((2, 0, 3, 3))},
-            r"1 have another shape \(params/features_0/kernel \[3, 3, 0",
+            r"1 of another shape \(params/features_0/kernel \[3, 3, 0",
         ),
         ("vgg19_bn", {"features.0.weight": np.zeros((0, 3, 3, 3))}, "model.width and every entry of model.stages must be at "),
-        ("vit_b_32", {"1.conv_proj.weight": np.zeros((16, 3, 8, 7))}, r"1 have another shape \(params/patches/kernel \[8, 7"),
+        ("vit_b_32", {"1.conv_proj.weight": np.zeros((16, 3, 8, 7))}, r"1 of another shape \(params/patches/kernel \[8, 7"),
     ],
 )
 def test_what_does_not_fit_the_likeliest_network_is_told(name, changed, words, networks):
@@ -112,9 +112,7 @@ def test_what_does_not_fit_the_likeliest_network_is_told(name, changed, words, n
 
 def test_an_image_encoder_without_a_head_is_no_classifier(networks):
     tower = {name: array for name, array in networks["clip_vit_b_32"].items() if not name.startswith("fc.")}
-    with pytest.raises(
-        UserError, match=r"like those of clip_vit_b_32, .* 2 are missing \(params/head/bias, params/head/kernel\)"
-    ):
+    with pytest.raises(UserError, match=r"like those of clip_vit_b_32, .* 2 missing \(params/head/bias, params/head/kernel\)"):
         architectures.guess(tower)
 
 

@@ -127,13 +127,13 @@ def test_norms_are_in_the_order_in_which_the_network_runs(name):
 def test_what_is_missing_left_over_or_of_another_shape_is_listed(networks):
     arrays, architecture, classifier = small(networks, "resnet20")
     table = architecture.table
-    with pytest.raises(UserError, match=r"1 are missing \(params/head/bias\)"):
+    with pytest.raises(UserError, match=r"1 missing \(params/head/bias\)"):
         imported({key: value for key, value in arrays.items() if key != "linear.bias"}, table, classifier)
-    with pytest.raises(UserError, match=r"1 are left over \(layer9.0.conv1.weight\)"):
+    with pytest.raises(UserError, match=r"1 left over \(layer9.0.conv1.weight\)"):
         imported(arrays | {"layer9.0.conv1.weight": arrays["conv1.weight"]}, table, classifier)
-    with pytest.raises(UserError, match=r"1 have another shape \(params/head/kernel \[32, 7\] for \[32, 10\]\)"):
+    with pytest.raises(UserError, match=r"1 of another shape \(params/head/kernel \[32, 7\] for \[32, 10\]\)"):
         imported(arrays | {"linear.weight": np.zeros((7, 32), np.float32)}, table, classifier)
-    with pytest.raises(UserError, match=r"1 are not finite \(batch_stats/bn1/var\)"):
+    with pytest.raises(UserError, match=r"1 not finite \(batch_stats/bn1/var\)"):
         imported(arrays | {"bn1.running_var": np.full(8, np.inf)}, table, classifier)
     with pytest.raises(UserError, match=r"and \d+ more\)"):
         imported(networks["wide_resnet16"], table, classifier)

@@ -72,7 +72,7 @@ def test_grey_pictures_become_rgb_among_coloured_ones_and_stay_grey_among_themse
 def test_images_of_several_sizes_need_one_to_be_named(tmp_path):
     folder = classes(tmp_path, "a", "b")
     write(tmp_path / "b" / "wide.png", 3, size=(40, 10))
-    with pytest.raises(UserError, match=r"a/a.png is 12x10, .*b/wide.png is 40x10; give image_size to resize them"):
+    with pytest.raises(UserError, match=r"a/a.png is 12x10, .*b/wide.png is 40x10; --config.data.image_size resizes them"):
         own.read(folder)
     assert own.read(folder, image_size=16).images.images.shape == (5, 16, 16, 3)
     with pytest.raises(UserError, match="image_size must be at least 1: 0"):
@@ -145,6 +145,33 @@ def test_an_npz_file_with_wrong_arrays_is_one_line(tmp_path, arrays, message):
     with pytest.raises(UserError, match=message) as error:
         own.read(str(tmp_path / "clean.npz"))
     assert "clean.npz" in str(error.value) and "\n" not in str(error.value)
+
+
+def saved(path, images, labels) -> str:
+    np.savez(path, images=images, labels=labels)
+    return str(path)
+
+
+def test_test_images_are_of_the_same_size_and_classes_and_none_that_is_trained_on(tmp_path, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (8, 12, 10, 3)).astype(np.uint8)
+    labels = np.arange(8) % 2
+    mine = own.read(saved(tmp_path / "mine.npz", images[:4], labels[:4]))
+    some = own.read_test(saved(tmp_path / "test.npz", images[2:], labels[2:]), mine)
+    assert (some.images == images[4:]).all() and some.labels.tolist() == [0, 1, 0, 1]
+    assert "2 of 6 images are among the clean ones and left out" in capsys.readouterr().err
+    with pytest.raises(UserError, match="no image that is not among the clean ones"):
+        own.read_test(str(tmp_path / "mine.npz"), mine)
+    doubled = saved(tmp_path / "large.npz", images.repeat(2, 1).repeat(2, 2), labels)
+    with pytest.raises(UserError, match=r"differ in size \(24x20x3 and 12x10x3\)"):
+        own.read_test(doubled, mine)
+    small = own.read(saved(tmp_path / "m.npz", 255 - images[:4], labels[:4]), image_size=9)
+    assert len(own.read_test(doubled, small, image_size=9)) == 8
+    named = own.read(classes(tmp_path / "named", "bird", "cat"))
+    assert len(own.read_test(saved(tmp_path / "numbered.npz", images, labels), named)) == 8
+    with pytest.raises(UserError, match=r"not of the clean images' classes \(0, 1, 2 and bird, cat\)"):
+        own.read_test(saved(tmp_path / "three.npz", images, np.arange(8) % 3), named)
+    with pytest.raises(UserError, match=r"\(cat, dog and bird, cat\)"):
+        own.read_test(classes(tmp_path / "other", "cat", "dog"), named)
 
 
 def test_a_file_that_is_no_npz_is_one_line(tmp_path):

@@ -119,7 +119,7 @@ def test_what_is_given_back_has_the_names_layouts_and_types_that_came(finished, 
         assert back.arrays[name].dtype == array.dtype and back.arrays[name].shape == array.shape
         assert (back.arrays[name] == array).all() == name.endswith("num_batches_tracked"), name
     digest = hashlib.sha256((folder / "export" / "suspect_purified.safetensors").read_bytes()).hexdigest()
-    card = (folder / "export" / "suspect_purified.md").read_text()
+    card = (folder / "export" / "suspect_purified.safetensors.md").read_text()
     assert digest in card and record.metrics["backdoored"].extra["sha256"] in card and "strict=True" in card
 
 
@@ -133,7 +133,11 @@ def test_the_purified_file_is_a_model_like_any_other(finished, settings, tmp_pat
 def test_the_page_tells_verdict_evidence_and_what_is_not_known(finished):
     folder, _ = finished
     page = (folder / "report.html").read_text()
-    assert "Suspicious: a patch of about" in page and "What is not known" in page and page.count("data:image/png") >= 12
+    assert (
+        "The model as it came is suspicious: a patch of about" in page
+        and "What is not known" in page
+        and page.count("data:image/png") >= 12
+    )
     assert not re.search(r"\b(None|nan)\b", re.sub(r'"data:[^"]*"', "", page))
 
 
@@ -142,7 +146,7 @@ def test_a_second_start_finds_everything_done(finished, settings):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     assert experiment.run(settings(), str(folder), record.command).metrics == record.metrics
     changed = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
-    assert changed <= {"record.json", "report.html", "suspect_purified.md"}
+    assert changed <= {"record.json", "report.html", "suspect_purified.safetensors.md"}
 
 
 def test_another_file_in_its_place_is_refused(finished, settings, backdoored, stranger):
@@ -207,7 +211,7 @@ def test_nothing_is_exported_over_the_file_that_came(settings, stranger, tmp_pat
     assert (stranger / "suspect.pth").read_bytes() == came
 
 
-@pytest.mark.parametrize("name", ["mine.safetensors", "mine.md"])
+@pytest.mark.parametrize("name", ["mine.safetensors", "mine.safetensors.md"])
 def test_neither_weights_nor_card_go_over_what_is_there(name, settings, tmp_path):
     (tmp_path / name).write_text("my own notes")
     with pytest.raises(UserError, match=f"{name} exists already; nothing is overwritten"):
@@ -234,7 +238,8 @@ def test_what_was_found_out_about_the_file_is_said_and_doubts_with_it(settings, 
     given = {"data.folder": str(tmp_path / "few.npz"), "stages": "import"}
     told = experiment.run(settings(given), str(tmp_path / "run")).config and capsys.readouterr().err
     assert "import: resnet18 (zip, without module.), 10 classes, pixels scaled as " in told
-    assert "% of the clean images right" in told and "There are only 48 clean images; take 100 or more" in told
+    assert "% of the clean images right" in told and "There are only 60 clean images, 48 of them to " in told
+    assert "images: 48 to scan and train with, 12 held out; models are measured on" in told
     assert "The model hardly knows images of classes 8, 9; are the classes in the order of its outputs?" in told
 
 
@@ -259,7 +264,7 @@ def judged(sizes):
 
 def test_a_class_without_a_trigger_is_never_flagged():
     found = judged([30.0, 31.0, 29.0, np.inf, 30.5])
-    assert found.told["sizes"][3] == -1 and found.told["indices"][3] == 0 and found.suspected != 3 and not found.flagged
+    assert found.told["sizes"][3] == -1 and found.told["indices"][3] is None and found.suspected != 3 and not found.flagged
     assert (found.told["found"], found.told["undetermined"]) == (4, False)
 
 
@@ -273,7 +278,7 @@ def test_a_scan_that_found_too_few_triggers_cannot_tell(sizes, suspected, finish
         found.is_undetermined
         and not found.flagged
         and found.suspected == suspected
-        and np.isfinite(found.told["anomaly_index"])
+        and (found.told["anomaly_index"] is None) == (suspected < 0)
     )
     _, record = finished
     before = record.metrics["backdoored"]
@@ -281,6 +286,67 @@ def test_a_scan_that_found_too_few_triggers_cannot_tell(sizes, suspected, finish
     record = dataclasses.replace(record, metrics={"backdoored": before})
     assert "The scan cannot tell: for" in report.verdict(record)
     assert experiment.status({"stages": "scan"}, record) == 2
+
+
+def test_two_classes_cannot_be_compared_and_are_no_reason_to_stop(finished):
+    _, record = finished
+    found, before = judged([9.0, 200.0]), record.metrics["backdoored"]
+    assert found.is_undetermined and not found.flagged and found.suspected == 0
+    before = dataclasses.replace(before, extra=before.extra | {"scan": found.told})
+    record = dataclasses.replace(record, metrics={"backdoored": before})
+    assert report.verdict(record) == "The scan cannot tell: it compares classes with each other, and two are too few."
+    assert dict(cell[:2] for cell in report.rows(record)[0][1])["Flagged by the scan"] == "cannot tell"
+
+
+@pytest.mark.parametrize(
+    "rates, flagged, words",
+    [
+        ({"asr": 3.0, "r_asr": 5.0, "q_asr": 4.0}, [], "The backdoor is gone from the purified model, as far as was tried."),
+        ({"asr": 30.0, "r_asr": 5.0, "q_asr": 4.0}, [], "The backdoor is still in the purified model: do not deploy it."),
+        ({"asr": 3.0, "r_asr": 5.0, "q_asr": 40.0}, [], "The backdoor is hidden and not gone, for it can be called back"),
+        ({"asr": 3.0, "r_asr": 5.0, "q_asr": 4.0}, [2], "The purified model is still suspicious"),
+        ({"stand_in_asr": 30.0}, [], "What the scan found is still in the purified model"),
+        ({"stand_in_asr": 3.0, "stand_in_r_asr": 4.0}, [], "What the scan found is gone from the purified model"),
+    ],
+)
+def test_the_verdict_begins_with_how_it_ended(rates, flagged, words, finished):
+    _, record = finished
+    before, after = (record.metrics[name] for name in ("backdoored", "purified"))
+    again = after.extra["scan"] | {"flagged": flagged}
+    extra = {name: value for name, value in after.extra.items() if not name.endswith("asr")} | {"scan": again}
+    asr = records.Rate(round(10 * rates["asr"]), 1000) if "asr" in rates else None
+    after = dataclasses.replace(after, asr=asr, extra=extra | {name: rate for name, rate in rates.items() if name != "asr"})
+    told = dataclasses.replace(record, metrics={"backdoored": before, "purified": after})
+    assert report.verdict(told).startswith(words)
+    if flagged:
+        assert "Scanned again, the purified model has suspicious class 2" in report.verdict(told)
+    tried = "Two attacks tried to call the backdoor back" in " ".join(report.unknown(told))
+    back = [rate for name, rate in rates.items() if name.endswith(("r_asr", "q_asr"))]
+    assert tried == bool(back and max(back) <= 20.0)
+
+
+def test_what_is_asked_for_later_is_done_without_another_run(finished, settings, tmp_path):
+    folder, record = finished
+    given = settings({"export.format": "pth", "stages": "export"})
+    assert experiment.run(given, str(folder), record.command).metrics == record.metrics
+    assert "suspect_purified.pth" in (folder / "export" / "suspect_purified.pth.md").read_text()
+    marked = settings({"verify.trigger": "", "stages": "import"})
+    experiment.run(marked, str(tmp_path / "run"))
+    (tmp_path / "run" / "verify").mkdir()
+    experiment.run(settings({"stages": "import"}), str(tmp_path / "run"))  # the trigger became known
+    with pytest.raises(UserError, match="verify.trigger"):
+        experiment.run(marked, str(tmp_path / "run"))
+
+
+def test_a_network_that_was_part_of_something_larger_is_found_and_given_back_as_it_was(backdoored, stranger, tmp_path):
+    arrays = {f"model.backbone.{name[7:]}": array for name, array in pytorch_names(backdoored.variables).items()}
+    export.write(tmp_path / "wrapped.pth", arrays)
+    scale = {"normalisation": "given", "mean": (0.305,), "std": (0.376,)}
+    found = suspect.bring(tmp_path / "wrapped.pth", backdoored.clean, name="resnet18", **scale)
+    assert found.told["prefix"] == "model.backbone." and "conv1.weight" in found.arrays
+    export.write(tmp_path / "other.pth", arrays | {"model.head.weight": np.zeros(3)})
+    with pytest.raises(UserError, match="other.pth: the weights .* model.backbone.bn1.running_mean"):
+        suspect.bring(tmp_path / "other.pth", backdoored.clean, name="resnet18", **scale)
 
 
 def test_a_class_that_alone_is_easily_reached_is_flagged():
@@ -315,6 +381,6 @@ def test_five_lines_of_python_do_the_same_as_the_command(finished, settings, str
     model = own.bring_in(stranger / "suspect.pth", stranger / "clean.npz", workdir=folder, **given)
     assert model.scan() == record.metrics["backdoored"].extra["scan"]
     assert model.purify().metrics == record.metrics
-    assert model.export() == folder / "export" / "suspect_purified.safetensors" and "Suspicious" in model.verdict
+    assert model.export() == folder / "export" / "suspect_purified.safetensors" and "suspicious" in model.verdict
     with pytest.raises(UserError, match="unknown setting"):
         own.bring_in("x.pth", "clean", workdir="runs", **{"scan.colour": 1})

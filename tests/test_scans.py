@@ -57,6 +57,7 @@ def test_scans_are_counted_by_what_they_flagged_and_a_model_once(folder, tmp_pat
     assert rates == {
         "clean": {"models": 3, "flagged": 1},
         "backdoored": {"models": 4, "flagged": 2, "attacks": ["badnets", "sig"]},
+        "datasets": ["digits"],
     }
     page = (tmp_path / "scan.md").read_text()
     assert "1 of 3 (33 %; 6 to 79 %) of the clean models" in page and (tmp_path / "scan.png").stat().st_size > 5000

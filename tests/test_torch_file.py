@@ -1,11 +1,14 @@
 """Reading files that others wrote: exactly what PyTorch put in, and nothing that was put there to run."""
 
+import contextlib
 import io
 import json
 import os
 import pickle
 import random
+import resource
 import shutil
+import signal
 import struct
 import zipfile
 from pathlib import Path
@@ -300,9 +303,44 @@ def test_a_tensor_under_a_number_is_no_weight_and_is_told(tmp_path):
 
 
 def test_prefixes_are_taken_off_one_behind_the_other(expected):
-    views = {f"module._orig_mod.{name}": name for name in ("conv.weight", "fc.bias")}
-    found = torch_file._chosen(views, "zip", "", lambda name: name)
-    assert found.prefix == "module._orig_mod." and list(found.arrays) == ["conv.weight", "fc.bias"]
+    arrays = {f"module._orig_mod.net.{name}": np.zeros(1) for name in ("conv.weight", "fc.bias")}
+    found = torch_file._named(arrays, "zip")
+    assert found.prefix == "module._orig_mod." and list(found.arrays) == ["net.conv.weight", "net.fc.bias"]
+    inner = torch_file.without_common_prefix(found)
+    assert inner.prefix == "module._orig_mod.net." and list(inner.arrays) == ["conv.weight", "fc.bias"]
+    assert torch_file.without_common_prefix(inner) is None
+
+
+def test_a_storage_is_read_once_however_many_tensors_show_it(tmp_path, monkeypatch):
+    read, asked = zipfile.ZipFile.read, []
+    monkeypatch.setattr(zipfile.ZipFile, "read", lambda self, entry, *rest: asked.append(entry) or read(self, entry, *rest))
+    begin = b"ctorch._utils\n_rebuild_tensor_v2\n((" + text(b"storage") + b"ctorch\nFloatStorage\n"
+    keys = [begin + text(key) + text(b"cpu") + b"K\x04tQK\x00(K\x02t(K\x01t\x89)tR" for key in (b"0", b"1")]
+    views = b"".join(text(b"w%d" % number) + keys[number % 2] for number in range(400))
+    parts = {key: np.arange(4, dtype="<f4").tobytes() for key in "01"}
+    found = torch_file.read(as_zip(tmp_path / "m.pth", b"\x80\x02}(" + views + b"u.", **parts))
+    assert len(found.arrays) == 400 and list(found.arrays)[:2] == ["w0", "w1"] and found.arrays["w399"].tolist() == [0, 1]
+    assert len(asked) == 3  # the pickle and two storages
+
+
+@pytest.mark.parametrize("how", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_damaged_compressed_files_are_one_line(how, tmp_path):
+    whole, rng = recompressed((FOLDER / "zip.pth").read_bytes(), how), random.Random(0)
+    if how == zipfile.ZIP_DEFLATED:
+        (tmp_path / "m.pth").write_bytes(whole)
+        assert len(torch_file.read(tmp_path / "m.pth").arrays) > 4
+    for _ in range(100):
+        (tmp_path / "m.pth").write_bytes(mutated(whole, rng))
+        with contextlib.suppress(UserError):
+            torch_file.read(tmp_path / "m.pth")
+
+
+def recompressed(data: bytes, how: int) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(out, "w", how) as made:
+        for entry in archive.infolist():
+            made.writestr(entry.filename, archive.read(entry))
+    return out.getvalue()
 
 
 def test_tensors_of_objects_that_are_left_out_do_not_damage_a_legacy_file(tmp_path):
@@ -349,11 +387,24 @@ def inner(name: str, data: bytes, rng: random.Random) -> bytes:
     return out.getvalue()
 
 
-def test_two_thousand_damaged_files_are_read_or_refused_in_one_line(tmp_path):
+@pytest.fixture
+def bounded():
+    """Two gigabytes more than the process has, and a minute, for what must not take longer or more."""
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (taken + 2 * 2**30, before[1]))
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def test_two_thousand_damaged_files_are_read_or_refused_in_one_line(tmp_path, bounded):
     rng, path, refused = random.Random(0), tmp_path / "fuzzed.pth", 0
     sources = {name: (FOLDER / name).read_bytes() for name in SEEDS}
+    sources["deflated.pth"] = recompressed(sources["checkpoint.pth"], zipfile.ZIP_DEFLATED)
     for number in range(2400):
-        name = SEEDS[number % len(SEEDS)]
+        name = list(sources)[number % len(sources)]
         data = sources[name]
         if number % 3 and data[:2] == b"PK":
             data = inner(rng.choice(["data.pkl", "data.pkl", "byteorder", "0"]), data, rng)

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from bibau_jax import parallel, progress
 from bibau_jax.data import ImageSet, folder
-from bibau_jax.errors import UserError
+from bibau_jax.errors import UserError, shown
 
 CLASSES = "classes.txt"
 MOST_CLASSES = 100_000  # above, numbers are no classes
@@ -38,6 +39,34 @@ def read(path: str, *, image_size: int | None = None) -> Own:
     if not place.exists():
         raise UserError(f"{path} does not exist")
     return _from_folder(place, image_size) if place.is_dir() else _from_file(place, image_size)
+
+
+def read_test(path: str, mine: Own, *, image_size: int | None = None) -> ImageSet:
+    """The images to measure models on, read as `mine` was; those that are among `mine` are left out, which is said.
+
+    UserError where they are of another size or other classes, or all are among `mine`. One of both may number its classes.
+    """
+    test = read(path, image_size=image_size)
+    if test.images.images.shape[1:] != mine.images.images.shape[1:]:
+        sizes = " and ".join("x".join(map(str, own.images.images.shape[1:])) for own in (test, mine))
+        raise UserError(f"{path}: its images and the clean ones differ in size ({sizes}); see --config.data.image_size")
+    if not _same_classes(test.class_names, mine.class_names):
+        lists = " and ".join(shown(", ".join(own.class_names)) for own in (test, mine))
+        raise UserError(f"{path} is not of the clean images' classes ({lists})")
+    known = {image.tobytes() for image in mine.images.images}
+    new = np.array([image.tobytes() not in known for image in test.images.images])
+    if not new.any():
+        raise UserError(f"{path} holds no image that is not among the clean ones: nothing is measured on what is trained on")
+    if not new.all():
+        many = f"{np.sum(~new):,} of {len(new):,} images are"
+        progress.say(f"data: {path}: {many} among the clean ones and left out", show=parallel.is_lead())
+    return test.images.take(np.flatnonzero(new))
+
+
+def _same_classes(test: tuple[str, ...], mine: tuple[str, ...]) -> bool:
+    """Whether both are the same classes; numbers 0, 1, ... stand for any, and the last of them may have no test images."""
+    numbered = [names == tuple(map(str, range(len(names)))) for names in (test, mine)]
+    return test == mine or (numbered[0] and len(test) <= len(mine)) or (numbered[1] and len(test) == len(mine))
 
 
 # --- a folder
@@ -99,7 +128,7 @@ def _common_shape(files: list[Path], image_size: int | None) -> tuple[int, int, 
     if len(sizes) > 1:
         (one, first), (other, second) = list(sizes.items())[:2]
         shown = f"{first} is {one[0]}x{one[1]}, {second} is {other[0]}x{other[1]}"
-        raise UserError(f"images must have one size, but {shown}; give image_size to resize them")
+        raise UserError(f"images must have one size, but {shown}; --config.data.image_size resizes them")
     ((width, height),) = sizes
     return height, width, channels
 

@@ -102,7 +102,8 @@ def guess(arrays: dict[str, np.ndarray]) -> Architecture:
     if len(fitting) == 1:
         return read[fitting[0]]
     if fitting:
-        raise UserError(f"the weights are those of {' or of '.join(fitting)}, which have the same names and shapes: name one")
+        listed = " or of ".join(fitting)
+        raise UserError(f"the weights are those of {listed}, which have the same names and shapes: name one by model.name")
     if problems:
         name = min(problems, key=lambda name: len("".join(problems[name])))
         raise UserError(f"the weights look like those of {name}, but do not fit it: {'; '.join(problems[name])}; {OWN}")

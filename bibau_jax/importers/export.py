@@ -48,10 +48,10 @@ def refuse(path: Path, source=None) -> None:
 
 
 def _write_safetensors(path: Path, arrays: dict, metadata: dict) -> None:
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
-    # Not ascontiguousarray, which makes vectors of single numbers.
-    save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, path, metadata=metadata)
+    # Not ascontiguousarray, which makes vectors of single numbers. Not save_file, which shuts out other users of the machine.
+    path.write_bytes(save({name: np.asarray(array, order="C") for name, array in arrays.items()}, metadata=metadata))
 
 
 def _write_torch(path: Path, arrays: dict, metadata: dict) -> None:

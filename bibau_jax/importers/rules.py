@@ -125,11 +125,11 @@ def misfits(arrays: dict[str, np.ndarray], table: Table, like: dict) -> list[str
     wanted = _shapes(like)
     places, left = _placed(arrays, table, wanted)
     held = set(places.values())
-    problems = _told("are left over", left) + _told("are missing", [path for path in wanted if path not in held])
+    problems = _told("left over", left) + _told("missing", [path for path in wanted if path not in held])
     if problems:
         return problems
     found = {place: laid_out(arrays[name], place, len(wanted[place])).shape for name, place in places.items()}
-    return _told("have another shape", [f"{p} {list(found[p])} for {list(wanted[p])}" for p in wanted if found[p] != wanted[p]])
+    return _told("of another shape", [f"{p} {list(found[p])} for {list(wanted[p])}" for p in wanted if found[p] != wanted[p]])
 
 
 def to_variables(arrays: dict[str, np.ndarray], table: Table, like: dict) -> Imported:
@@ -141,7 +141,7 @@ def to_variables(arrays: dict[str, np.ndarray], table: Table, like: dict) -> Imp
     if not problems:
         places, _ = _placed(arrays, table, wanted)
         found = {p: laid_out(np.asarray(arrays[name], np.float32), p, len(wanted[p])) for name, p in places.items()}
-        problems = _told("are not finite", [path for path, array in found.items() if not np.isfinite(array).all()])
+        problems = _told("not finite", [path for path, array in found.items() if not np.isfinite(array).all()])
     if problems:
         raise UserError(f"the weights do not fit this network: {'; '.join(problems)}")
     tree = {part: {} for part in like} | _nested({path: np.ascontiguousarray(found[path]) for path in wanted})

@@ -21,23 +21,28 @@ NORMALISATIONS = {
     "0..1": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
     "-1..1": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)),
-    "cifar10, narrow": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.201)),  # the mean of the images' own deviations
+    "cifar10_narrow": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.201)),  # the mean of the images' own deviations
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "gtsrb": ((0.3403, 0.3121, 0.3214), (0.2724, 0.2608, 0.2669)),
     "tiny_imagenet": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
 }
 NAMED_ONLY = ("tiny_imagenet",)  # too near to imagenet's, which is far more common, for images to tell them apart
 TRIED_ON = 500  # images that a normalisation is chosen on
-GUESSING = 1.5  # times the accuracy of guessing that a network must reach on its owner's images
-FEW = 100  # clean images: below, nothing that is counted on them is certain
+SENSE = 0.2  # of the way from guessing to perfect: an accuracy that a network must have on its owner's images
+POOR = 0.5  # accuracy below which something may have been misunderstood
+FEW = 100  # images: below, nothing that is counted on them is certain
 LOW = 0.5  # of the whole accuracy: a class that is told less often than that share of it is worth a word
+DOUBTS = (
+    "are the images of the size that it was trained with (data.image_size), the classes in the order of its outputs, and its "
+    "scale of pixels known (model.normalisation)?"
+)
 
 
 class Suspect(NamedTuple):
     """A network with a stranger's weights, the file's own arrays, and where each of them went (see `rules.Imported`).
 
     `told`: file, sha256, format, container, prefix, what in the file is no tensor, network and class names, normalisation with
-    mean and std, accuracy and loss by normalisation, warnings.
+    mean and std, accuracy and loss by normalisation, warnings; of a run also how many images there are (`counted`).
     """
 
     classifier: Classifier
@@ -70,11 +75,15 @@ def bring(
         which the images' cross-entropy is lowest.
 
     UserError in one line for a file that cannot be read, a network that does not fit it, another number of classes, classes
-    without images, and weights that classify these images no better than guessing.
+    without images, and weights that classify these images hardly better than guessing.
     """
     weights = Path(weights).expanduser()
     checkpoint = torch_file.read(weights, container or None)
-    network, shape = _network(checkpoint.arrays, name, file, len(class_names)), images.images.shape[1:]
+    try:
+        network, checkpoint = _network(checkpoint, name, file, len(class_names))
+    except UserError as error:
+        raise UserError(f"{weights}: {error}") from None
+    shape = images.images.shape[1:]
     candidates = _candidates(normalisation, mean, std, shape[2])
 
     def build(scaling) -> Classifier:
@@ -89,11 +98,9 @@ def bring(
     accuracy = {name: float(np.mean(found.argmax(1) == some.labels)) for name, found in logits.items()}
     loss = {name: float(np.mean(cross_entropy(found, some.labels))) for name, found in logits.items()}
     chosen = min(loss, key=loss.get)
-    if accuracy[chosen] < GUESSING / first.num_classes:
-        raise UserError(
-            f"{weights} classifies {100 * accuracy[chosen]:.1f} % of the images right, hardly more than guessing; are the "
-            "classes in the order of the network's outputs, and is the scale of its pixels known (model.normalisation)?"
-        )
+    if accuracy[chosen] < SENSE + (1 - SENSE) / first.num_classes:
+        right = f"{100 * accuracy[chosen]:.1f} %"
+        raise UserError(f"{weights} gets {right} of the images right, hardly more than guessing; {DOUBTS}")
     told = {
         "file": str(weights),
         "sha256": torch_file.sha256(weights),
@@ -108,9 +115,20 @@ def bring(
         "std": list(candidates[chosen][1]),
         "accuracy_by_normalisation": accuracy,
         "loss_by_normalisation": loss,
-        "warnings": _warnings(some.labels, logits[chosen].argmax(1), len(images), names),
+        "warnings": _warnings(some.labels, logits[chosen].argmax(1), names),
     }
     return Suspect(build(candidates[chosen]), imported.variables, checkpoint.arrays, imported.places, told)
+
+
+def counted(suspect: Suspect, *, given: int, clean: int, held_out: int, measured: int) -> Suspect:
+    """The same, with how many images there are: given in all, to scan and train with, held out of them, to measure on."""
+    warnings = []
+    if given < FEW:
+        warnings.append(f"There are only {given} clean images, {clean} of them to scan and train with; take {FEW} or more.")
+    if measured < FEW:
+        warnings.append(f"Models are measured on only {measured} images, so all shares are uncertain (--config.data.test).")
+    images = {"given": given, "clean": clean, "held_out": held_out, "measured": measured}
+    return suspect._replace(told=suspect.told | {"images": images, "warnings": warnings + suspect.told["warnings"]})
 
 
 class _Network(NamedTuple):
@@ -119,14 +137,28 @@ class _Network(NamedTuple):
     told: str
 
 
-def _network(arrays, name: str, file: str, num_classes: int) -> _Network:
-    """What the weights are those of: one's own network, the one that is named, or the one that its keys tell."""
+def _network(checkpoint: torch_file.Checkpoint, name: str, file: str, num_classes: int):
+    """(what the weights are those of, the checkpoint): one's own network, the one that is named, or the one that its keys tell.
+
+    Where a known network does not fit and all keys begin alike, as those of one that was an attribute of a larger object
+    ("model.conv1.weight"), they are tried without that beginning, which the checkpoint then has as its prefix.
+    """
     if file:
         own = own_file.load(file)
-        return _Network(partial(own.build, num_classes=num_classes), own.table, Path(file).name)
-    found = architectures.by_name(name, arrays) if name else architectures.guess(arrays)
+        return _Network(partial(own.build, num_classes=num_classes), own.table, Path(file).name), checkpoint
+    try:
+        found = architectures.by_name(name, checkpoint.arrays) if name else architectures.guess(checkpoint.arrays)
+    except UserError:
+        inner = torch_file.without_common_prefix(checkpoint)
+        if inner is None:
+            raise
+        try:
+            return _network(inner, name, file, num_classes)
+        except UserError:
+            pass  # the keys as they stand in the file are what its owner knows
+        raise
     given = partial(architectures.classifier, found, num_classes=found.options["num_classes"])
-    return _Network(given, found.table, found.name)
+    return _Network(given, found.table, found.name), checkpoint
 
 
 def _imported(weights, arrays, network: _Network, classifier: Classifier, classes: int) -> rules.Imported:
@@ -149,11 +181,11 @@ def _listed(names: list[str]) -> str:
     return f"class{'es' * (len(names) > 1)} {', '.join(names[:6])}{more}"
 
 
-def _warnings(labels: np.ndarray, predicted: np.ndarray, count: int, names: tuple[str, ...]) -> list[str]:
+def _warnings(labels: np.ndarray, predicted: np.ndarray, names: tuple[str, ...]) -> list[str]:
     """What about the images, or the way the network takes them, is worth a word; in sentences."""
     told, right = [], predicted == labels
-    if count < FEW:
-        told.append(f"There are only {count} clean images; take {FEW} or more.")
+    if right.mean() < POOR:
+        told.append(f"The model gets only {100 * right.mean():.1f} % of the clean images right; {DOUBTS}")
     by_class = {label: right[labels == label].mean() for label in np.unique(labels)}
     if low := [names[label] for label, share in by_class.items() if share < LOW * right.mean()]:
         told.append(f"The model hardly knows images of {_listed(low)}; are the classes in the order of its outputs?")
@@ -168,7 +200,8 @@ def said(told: dict) -> list[str]:
     right = f"{100 * told['accuracy_by_normalisation'][scaling]:.1f} % of the clean images right"
     line = f"{told['network']} ({where}), {classes} classes, pixels scaled as {scaling}, {right}"
     left = [f"left out, being no tensors: {', '.join(told['others'][:6])}"] if told["others"] else []
-    return [line, *left, *told["warnings"]]
+    images = "images: {clean:,} to scan and train with, {held_out:,} held out; models are measured on {measured:,}"
+    return [line, *([images.format(**told["images"])] if "images" in told else []), *left, *told["warnings"]]
 
 
 def _names(weights, count: int, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -178,7 +211,11 @@ def _names(weights, count: int, names: tuple[str, ...]) -> tuple[str, ...]:
         return names
     if names == numbers[: len(names)]:
         return numbers  # numbered classes, of which the last have no images
-    raise UserError(f"{weights} tells {count} classes apart, and the images are of {len(names)}")
+    if names == tuple(map(str, range(len(names)))):
+        found = f"the clean images have labels up to {len(names) - 1}"
+    else:
+        found = f"the clean images are of {len(names)}"
+    raise UserError(f"{weights} tells {count} classes apart, and {found}")
 
 
 def _candidates(normalisation: str, mean, std, channels: int) -> dict[str, tuple]:

@@ -4,11 +4,13 @@ What is too large, cut off, mislabelled or hostile is refused in one line before
 """
 
 import collections
+import functools
 import hashlib
 import io
 import math
 import mmap
 import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,7 +59,7 @@ def read(path, container: str | None = None) -> Checkpoint:
             return _read(file, size, container)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: it is damaged or cut off ({error})") from None
     except (OSError, EOFError, RuntimeError, NotImplementedError, ValueError, OverflowError) as error:
         told = getattr(error, "strerror", None) or f"it cannot be read ({type(error).__name__})"
@@ -77,18 +79,18 @@ def _read(file, size: int, container: str | None) -> Checkpoint:
     head = file.read(16)
     file.seek(0)
     if head[:4] == b"PK\x03\x04":
-        tree, load = _open_zip(file, size)
+        tree, storage = _open_zip(file, size)
         format_ = "zip"
     elif head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
-        return _chosen(_safetensors(file, size), "safetensors", "", lambda array: array)
+        return _named(_safetensors(file, size), "safetensors")
     elif head[:1] == b"\x80":
-        tree, load = _open_legacy(file, size)
+        tree, storage = _open_legacy(file, size)
         format_ = "legacy"
     else:
         raise UserError(f"it is no PyTorch or safetensors file ({_looks_like(head)})")
     found, where, others = _state_dict(tree, container)
     _check_sizes(found, size)
-    return _chosen(found, format_, where, load)._replace(others=others)
+    return _named(_loaded(found, storage), format_)._replace(container=shown(where), others=others)
 
 
 def _looks_like(head: bytes) -> str:
@@ -103,12 +105,32 @@ def _looks_like(head: bytes) -> str:
     )
 
 
-def _chosen(found: dict, format_: str, container: str, load) -> Checkpoint:
+def _named(found: dict[str, np.ndarray], format_: str) -> Checkpoint:
     prefix = ""
     while more := next((p for p in PREFIXES if found and all(name.startswith(prefix + p) for name in found)), ""):
         prefix += more
-    arrays = {name[len(prefix) :]: load(value) for name, value in found.items()}
-    return Checkpoint(arrays, format_, shown(container), prefix)
+    return Checkpoint({name[len(prefix) :]: array for name, array in found.items()}, format_, prefix=prefix)
+
+
+def without_common_prefix(checkpoint: Checkpoint) -> Checkpoint | None:
+    """The same without what all names begin with up to their first point; None where they do not begin alike."""
+    begins = {name.partition(".")[0] + "." for name in checkpoint.arrays}
+    if len(begins) != 1 or not all("." in name for name in checkpoint.arrays):
+        return None
+    (more,) = begins
+    arrays = {name.removeprefix(more): array for name, array in checkpoint.arrays.items()}
+    return checkpoint._replace(arrays=arrays, prefix=checkpoint.prefix + more)
+
+
+def _loaded(views: dict[str, View], storage) -> dict[str, np.ndarray]:
+    """The arrays that views show; `storage` gives a storage's bytes, and is asked once for each, one after the other.
+
+    A small file may hold thousands of views into one large storage.
+    """
+    bytes_of = functools.lru_cache(maxsize=1)(storage)
+    order = sorted(views, key=lambda name: views[name].storage.key)
+    arrays = {name: _array(views[name], bytes_of(views[name].storage.key)) for name in order}
+    return {name: arrays[name] for name in views}
 
 
 # --- where in the file the weights are
@@ -211,13 +233,15 @@ def _array(view: View, raw) -> np.ndarray:
 
 
 def _open_zip(file, size: int):
-    """(the pickle's object, what loads a view) of the zip format, since PyTorch 1.6."""
+    """(the pickle's object, what gives a storage's bytes) of the zip format, since PyTorch 1.6."""
     archive = zipfile.ZipFile(file)
     entries = archive.infolist()
     pickles = [entry for entry in entries if entry.filename.rsplit("/", 1)[-1] == "data.pkl"]
     if len(pickles) != 1:
         what = "a NumPy archive" if any(entry.filename.endswith(".npy") for entry in entries) else "a zip file"
         raise UserError(f"it is {what} and no PyTorch file")
+    if any(entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for entry in entries):
+        raise UserError("it is compressed in a way that PyTorch does not know")
     if sum(entry.file_size for entry in entries) > MOST_EXPANSION * size:
         raise UserError("it unpacks to many times its size")
     if any("/code/" in entry.filename for entry in entries):
@@ -231,17 +255,17 @@ def _open_zip(file, size: int):
         raise UserError("its numbers are stored big end first, which is not supported")
     tree = pickled.load(io.BytesIO(archive.read(pickles[0])))
 
-    def load(view: View) -> np.ndarray:
-        entry = names.get(f"{folder}data/{view.storage.key}")
+    def storage(key: str) -> bytes:
+        entry = names.get(f"{folder}data/{key}")
         if entry is None:
-            raise UserError(f'storage "{shown(view.storage.key, 40)}" is missing: the file is damaged or cut off')
-        return _array(view, archive.read(entry))
+            raise UserError(f'storage "{shown(key, 40)}" is missing: the file is damaged or cut off')
+        return archive.read(entry)
 
-    return tree, load
+    return tree, storage
 
 
 def _open_legacy(file, size: int):
-    """(the pickle's object, what loads a view) of the format before PyTorch 1.6: five pickles, then the storages' bytes."""
+    """As `_open_zip`, of the format before PyTorch 1.6: five pickles, then the storages' bytes."""
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
         data = whole[: min(size, MOST_PICKLE)]
         pickles = io.BytesIO(data)
@@ -269,15 +293,15 @@ def _open_legacy(file, size: int):
             place += 8 + length
     path = file.name
 
-    def load(view: View) -> np.ndarray:
-        if view.storage.key not in storages:
+    def storage(key: str) -> bytes:
+        if key not in storages:
             raise UserError("a storage is missing: the file is damaged or cut off")
-        begin, length = storages[view.storage.key]
+        begin, length = storages[key]
         with open(path, "rb") as again:
             again.seek(begin)
-            return _array(view, again.read(length))
+            return again.read(length)
 
-    return tree, load
+    return tree, storage
 
 
 def _safetensors(file, size: int) -> dict[str, np.ndarray]:

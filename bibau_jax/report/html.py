@@ -17,6 +17,13 @@ from bibau_jax.errors import UserError
 from bibau_jax.report import figures, gone, own, progress, series, strip, words
 
 STAGES = {"implant": "Implanting the backdoor", "clean": "Training the clean twin", "evaluate": "Evaluation"}
+OWN_STAGES = {
+    "implant": "Reading the file",
+    "scan": "Scan of the model as it came",
+    "verify/scan": "Scan of the purified model",
+    "export": "Writing the purified model",
+}
+TRIED = {"real": "the given trigger", "stand_in": "the inverted trigger"}  # what a purified model is tried with
 UNCLASSED = {"none": "is-before", "clean": "is-clean"}
 
 
@@ -72,7 +79,8 @@ def _own(record, arrays: dict) -> tuple[str, tuple[str, ...]]:
     over = [words.defense(after.defense)] if after is not None else []
     over += [f"seed {record.seed}", series.device_name(record.device)]
     head = f'<header><p class="over">{" · ".join(map(escape, over))}</p><h1>{escape(title)}</h1>'
-    head += f'<p class="verdict">{escape(own.verdict(record))}</p><p class="basis">{escape(own.basis(record))}</p></header>'
+    head += f'<p class="verdict">{own.prose(own.verdict(record))}</p>'
+    head += f'<p class="basis">{own.prose(own.basis(record))}</p></header>'
     scans = {"scan": "In the model as it came", "verify/scan": "In the purified model"}
     tables = {name: own.triggers_html(record, arrays.get(f"{room}/triggers", {}), name) for room, name in scans.items()}
     drawn = "".join(_framed(table, name) for name, table in tables.items() if table)
@@ -207,9 +215,20 @@ def _strip(arrays: dict, label: int | None) -> str:
     return _section("images", "What the models see", _framed(table, "Images") if table else "", text)
 
 
-def stage_name(stage: str) -> str:
-    """A stage as a heading, e.g. `Purifying: BI-BAU (U)` for `purify/bibau_u`; one not known is shown as it is."""
+def stage_name(stage: str, own: bool = False) -> str:
+    """A stage as a heading, e.g. `Purifying: BI-BAU (U)` for `purify/bibau_u`; one not known is shown as it is.
+
+    own: of a run on a stranger's model.
+    """
     kind, _, rest = stage.partition("/")
+    if own and stage in OWN_STAGES:
+        return OWN_STAGES[stage]
+    if kind == "verify" and (trigger := TRIED.get(rest.partition("/")[0])):
+        row, _, part = rest.partition("/")[2].partition("/")
+        if row == "ibu":
+            return f"Unlearning {trigger}, for comparison"
+        of = "the model as it came" if row == "none" else words.defense(row)
+        return f"Trying {trigger}: {of}" + (f", {part.replace('_', ' ')}" if part else "")
     if kind in ("purify", "reactivate") and rest:
         row, _, part = rest.partition("/")
         return f"{'Purifying' if kind == 'purify' else 'Calling back'}: {words.defense(row)}" + (part and f", {part}")
@@ -219,12 +238,13 @@ def stage_name(stage: str) -> str:
 def _progress(record, lines) -> str:
     out, main = [], words.purified(record)
     stages = progress.by_stage(lines)
-    opened = {"implant", f"purify/{main.defense}" if main is not None else ""}
+    strange = own.is_own(record)
+    opened = {"implant", f"purify/{main.defense}" if main is not None else ""} if not strange else set()
     for stage, logged in sorted(stages.items(), key=lambda item: item[0] not in opened):  # comparisons last
         charts = progress.panels(logged, record.config)
         if charts:
-            state = " open" if stage in opened or len(stages) == 1 else ""
-            head = f"<summary><h3>{escape(stage_name(stage))}</h3></summary>"
+            state = " open" if stage in opened or (len(stages) == 1 and not strange) else ""
+            head = f"<summary><h3>{escape(stage_name(stage, strange))}</h3></summary>"
             out.append(f'<details class="stage"{state}>{head}<div class="panels">{charts}</div></details>')
     text = "As logged while it ran; the figure beside each name is its last value. Values are means over an epoch or a step."
     return _section("curves", "How it went", "".join(out), text)
@@ -240,7 +260,7 @@ def _costs(record) -> str:
         bar = f'<td class="share" aria-hidden="true"><span style="width:{share:.1f}%"></span></td>'
         memory = (words.number(value, 0) for value in (spent.peak_memory_mb, spent.device_peak_memory_mb))
         cells = f"<td>{words.duration(spent.seconds)}</td>" + bar + "".join(f"<td>{text}</td>" for text in memory)
-        body.append(f'<tr><th scope="row">{escape(stage_name(name))}</th>{cells}</tr>')
+        body.append(f'<tr><th scope="row">{escape(stage_name(name, own.is_own(record)))}</th>{cells}</tr>')
     heads = ("Stage", "Time", "", "Peak memory, MB", "Device peak, MB")
     head = "".join(f'<th scope="col">{name}</th>' if name else "<td></td>" for name in heads)
     inside = f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"

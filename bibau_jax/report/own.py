@@ -1,20 +1,21 @@
 """What a run on a stranger's model found, for the person who is to deploy it: verdict, evidence, and what is not known."""
 
-import json
+import re
 from html import escape
-from importlib import resources
 from typing import NamedTuple
 
 import numpy as np
 from rich.table import Table
 
 from bibau_jax import records
-from bibau_jax.report import series, strip, words
+from bibau_jax.report import scans, series, strip, words
 
 GREY = 128  # what a trigger alone is drawn on
 SHOWN = 6  # classes whose inverted triggers are drawn
 RUINED = 15.0  # points of clean accuracy: whoever loses more has no use of the model
 WORKS = 50.0  # percent: a trigger that works on fewer images is hardly the one
+LEFT, BACK = 10.0, 20.0  # percent: more than the first, or than the second once called back, is a backdoor that is there
+MEANT = {"digits": "handwritten digits of 16 × 16 pixels"}  # data sets that the reader of a page need not know by name
 ALIKE = 0.01  # of accuracy: scalings of pixels that differ by less cannot be told apart
 TRIGGERS = {"stand_in_": "The inverted trigger", "": "The given trigger"}  # by what the names of its rates begin with
 
@@ -37,13 +38,14 @@ def class_name(record, label: int) -> str:
 
 
 def verdict(record) -> str:
-    """Two or three sentences made from the numbers: what the scan found, what is left of it, what it cost."""
+    """A few sentences made from the numbers: how it ended, what the scan found, what is left of it, what it cost."""
     before, after = words.backdoored(record), words.purified(record)
     found = before.extra.get("scan") if before is not None else None
     if found is None:
         return "The model was not scanned yet."
     said = [_of_scan(record, found)]
     if after is not None:
+        said[:0] = _outcome(before, after)
         if words.is_number(after.extra.get("stand_in_asr")):
             rates = [words.percent(m.extra.get("stand_in_asr")) for m in (before, after)]
             patch = "That patch" if found["flagged"] else "The likeliest patch"
@@ -54,10 +56,39 @@ def verdict(record) -> str:
             said.append(f"The given trigger worked on {rates[0]} and works on {rates[1]}{_called_back(after)}.")
             if before.asr.percent < WORKS:
                 said.append("It hardly works on the model as it came: is it the trigger, and verify.target_label its class?")
+        if again := after.extra.get("scan"):
+            said.append(f"Scanned again, the purified model has {_flagged(record, again)} (index {_index(after)}).")
         said.append(f"Clean accuracy went from {words.percent(before.ca.percent)} to {words.percent(after.ca.percent)}.")
         if before.ca.percent - after.ca.percent > RUINED:
             said.append("That is too much for a model to be used: take more clean images, or set --config.defense.max_loss.")
     return " ".join(said)
+
+
+def _outcome(before, after) -> list[str]:
+    """Whether what was in the model is gone, as far as was tried: one sentence, or none where nothing was found in it."""
+    flagged = [bool(m.extra.get("scan", {}).get("flagged")) for m in (before, after)]
+    if before.asr is not None and after.asr is not None and before.asr.percent >= WORKS:
+        what, begin, now = "The backdoor", "", after.asr.percent
+    elif flagged[0] and words.is_number(after.extra.get("stand_in_asr")):
+        what, begin, now = "What the scan found", "stand_in_", after.extra["stand_in_asr"]
+    else:
+        return []
+    rates = [after.extra.get(f"{begin}{name}") for name in ("r_asr", "q_asr")]
+    back = max(filter(words.is_number, rates), default=None)
+    if now > LEFT:
+        return [f"{what} is still in the purified model: do not deploy it."]
+    if back is not None and back > BACK:
+        return [f"{what} is hidden and not gone, for it can be called back: do not deploy the purified model."]
+    if flagged[1]:
+        return ["The purified model is still suspicious: do not deploy it before a scan with another seed finds nothing."]
+    return [f"{what} is gone from the purified model, as far as was tried."] if back is not None else []
+
+
+def _flagged(record, found: dict) -> str:
+    if found.get("undetermined"):
+        return "classes that cannot be compared"
+    names = [class_name(record, label) for label in found["flagged"]]
+    return f"suspicious class{'es' * (len(names) > 1)} {', '.join(names)}" if names else "no suspicious class"
 
 
 def _called_back(after, begin: str = "") -> str:
@@ -71,6 +102,8 @@ def _called_back(after, begin: str = "") -> str:
 def _of_scan(record, found: dict) -> str:
     index, label = words.number(found["anomaly_index"]), found["suspected"]
     lost = sum(size < 0 for size in found["sizes"])
+    if len(found["sizes"]) == 2:
+        return "The scan cannot tell: it compares classes with each other, and two are too few."
     of = f"for {lost} of {len(found['sizes'])} classes no patch was found"
     if found.get("undetermined"):
         return f"The scan cannot tell: {of}; start anew with a longer search (--config.scan.epochs, --config.scan.images)."
@@ -83,8 +116,8 @@ def _of_scan(record, found: dict) -> str:
     others = [class_name(record, other) for other in found["flagged"] if other != label]
     more = f" Also flagged: {', '.join(others)}." if others else ""
     return (
-        f"Suspicious: a patch of about {size} pixels turns {reached} of other images into class {class_name(record, label)} "
-        f"(anomaly index {index}).{more}"
+        f"The model as it came is suspicious: a patch of about {size} pixels turns {reached} of other images into class "
+        f"{class_name(record, label)} (anomaly index {index}).{more}"
     )
 
 
@@ -103,12 +136,13 @@ def basis(record) -> str:
 
 def reliability() -> str:
     """How often the scan was wrong on models that are known, as far as that was tried."""
-    kinds = json.loads(resources.files("bibau_jax.report").joinpath("scan_rates.json").read_text(encoding="utf-8"))
+    kinds = scans.known()
     clean, backdoored = (records.Rate(kinds[kind]["flagged"], kinds[kind]["models"]) for kind in ("clean", "backdoored"))
-    low, high = clean.interval
+    low, high = (words.number(value, 0) for value in clean.interval)
+    pictures = " and ".join(MEANT.get(name, words.dataset(name)) for name in kinds["datasets"])
     return (
-        f"Tried on small models that we know, the scan cried wolf on {clean.hits} of {clean.count} clean ones (a rate of "
-        f"{words.number(low, 0)} to {words.number(high, 0)} %) and named the attacker’s class in {backdoored.hits} of "
+        f"Tried on small networks of ours for {pictures}, the scan cried wolf on {clean.hits} of {clean.count} clean ones "
+        f"(a rate of {low} to {high} %) and named the attacker’s class in {backdoored.hits} of "
         f"{backdoored.count} with a backdoor ({', '.join(map(words.attack, kinds['backdoored']['attacks']))})."
     )
 
@@ -155,7 +189,8 @@ class Cell(NamedTuple):
 
 def rows(record) -> list[tuple[str, list[Cell]]]:
     """(model, its cells) of every model measured; columns that nobody has are left out."""
-    columns = {"Clean accuracy": _accuracy, "Largest anomaly index": lambda m: (_index(m),)}
+    columns = {"Clean accuracy": _accuracy, "Flagged by the scan": lambda m: (_said(record, m),)}
+    columns["Largest anomaly index"] = lambda m: (_index(m),)
     for begin, name in TRIGGERS.items():
         columns[f"{name} works"] = lambda m, begin=begin: (_rate(m, begin, "asr"),)
         columns[f"{name} works after retuning"] = lambda m, begin=begin: (_rate(m, begin, "r_asr"),)
@@ -170,6 +205,14 @@ def rows(record) -> list[tuple[str, list[Cell]]]:
 def _accuracy(measured) -> tuple[str, str]:
     low, high = measured.ca.interval
     return words.percent(measured.ca.percent), f"{words.number(low)} to {words.number(high)}"
+
+
+def _said(record, measured) -> str:
+    found = measured.extra.get("scan")
+    if found is None:
+        return words.NOTHING
+    named = ", ".join(class_name(record, label) for label in found["flagged"]) or "no class"
+    return "cannot tell" if found.get("undetermined") else named
 
 
 def _index(measured) -> str:
@@ -194,12 +237,17 @@ def unknown(record) -> list[str]:
             "Nobody gave the real trigger. The inverted one stands in for it: it is what the scan could make, and may be "
             "another shortcut of the network."
         )
-    told.append(
-        "Re-activation was tried with two attacks. That they fail is evidence, not proof; a run with other seeds "
-        "(--config.seed=1) adds to it."
-    )
-    told.append("Nothing is said about images of other kinds than the clean ones, nor about adversarial examples in general.")
     after = words.purified(record)
+    rates = [after.extra.get(begin + name) for begin in TRIGGERS for name in ("r_asr", "q_asr")] if after is not None else []
+    rates = [value for value in rates if words.is_number(value)]
+    if rates and max(rates) <= BACK:
+        told.append(
+            "Two attacks tried to call the backdoor back. That they fail is evidence, not proof; a run with another seed "
+            "(--config.seed=1) adds to it."
+        )
+    if after is not None and not rates:
+        told.append("Nobody tried to call a backdoor back: the stage verify was not run, or had no trigger to try with.")
+    told.append("Nothing is said about images of other kinds than the clean ones, nor about adversarial examples in general.")
     if after is not None and after.extra.get("guard"):
         told.insert(0, after.extra["guard"])
     return [*suspect(record).get("warnings", []), *told]
@@ -221,7 +269,12 @@ def terminal(record) -> Table:
 
 def unknown_html(record) -> str:
     """The list of what is not known."""
-    return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in unknown(record))}</ul>"
+    return f"<ul>{''.join(f'<li>{prose(line)}</li>' for line in unknown(record))}</ul>"
+
+
+def prose(text: str) -> str:
+    """A sentence as HTML; the settings that it names are set as code, which no line breaks."""
+    return re.sub(r"--config\.[\w.]+(=[\w.]+)?", r"<code>\g<0></code>", escape(text))
 
 
 def table_html(record) -> str:

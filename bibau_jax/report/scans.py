@@ -76,10 +76,10 @@ def reliability(lines) -> dict[str, dict]:
         for kind, some in kinds.items()
     }
     made["backdoored"]["attacks"] = list(dict.fromkeys(line["attack"] for line in kinds["backdoored"]))
-    return made
+    return made | {"datasets": list(dict.fromkeys(line["dataset"] for line in lines))}
 
 
-def known() -> dict[str, dict[str, int]]:
+def known() -> dict[str, dict]:
     """The `reliability` that this version of the scan was measured to have."""
     return json.loads(resources.files("bibau_jax.report").joinpath(NAME).read_text(encoding="utf-8"))
 
@@ -106,7 +106,7 @@ def markdown(made, text: str) -> str:
     said.append("An index above the limit (dashed) is flagged only where the patch is much smaller than the other classes’.")
     said.append("Wilson’s 95 % intervals. A model that several runs share is counted once.")
     each = [
-        (words.dataset(row["dataset"]), _attack(row), row["seed"], f"{row['anomaly_index']:.2f}", row["suspected"])
+        (words.dataset(row["dataset"]), _attack(row), row["seed"], words.number(row["anomaly_index"], 2), row["suspected"])
         + (", ".join(map(str, row["flagged"])) or words.NOTHING, ENDS[row["end"]], row["record"])
         for row in made
     ]
@@ -136,7 +136,7 @@ def picture(made, path: Path) -> Path:
         shift = 0.3 * (np.random.default_rng(0).random(len(mine)) - 0.5)
         told = label if end == "unknown" else f"{label} flagged"
         axis.scatter(
-            [row["anomaly_index"] for row in mine], np.array(heights) + shift, s=28, alpha=0.8, label=told, **styles[end]
+            [row["anomaly_index"] or 0.0 for row in mine], np.array(heights) + shift, s=28, alpha=0.8, label=told, **styles[end]
         )
     for limit in {row["limit"] for row in made}:
         axis.axvline(limit, color="#1c1d1f", linewidth=1, linestyle="--")

@@ -65,10 +65,17 @@ def _row(record, measured, name: str) -> dict:
         counted = getattr(measured, key)
         row |= {key: words.rate(counted), f"{key}_hits": counted and counted.hits, f"{key}_count": counted and counted.count}
     row |= {"ca_loss": None, "seconds": measured.seconds, "record": name, "device": device_name(record.device)}
-    row |= {key: data.get(key) for key in SETTINGS}
+    row |= {key: data.get(key) for key in SETTINGS} | (_images(record) if weights else {})
     further = {key: value for key, value in measured.extra.items() if words.is_number(value) and key not in COLUMNS}
     model = {key: measured.extra[key] for key in ("model_sha256",) if key in measured.extra}
     return {key: row[key] for key in COLUMNS} | model | dict(sorted(further.items()))
+
+
+def _images(record) -> dict:
+    """As SETTINGS, of a stranger's model: nobody knows what it was trained on, and the clean images are those of the folder."""
+    before = words.backdoored(record)
+    told = before.extra.get("images", {}) if before is not None else {}
+    return {"train_size": None, "clean_size": told.get("clean")}
 
 
 def _code_form(record) -> dict[str, float]:

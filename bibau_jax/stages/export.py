@@ -26,6 +26,10 @@ def target(this: Run) -> Path:
     return this.folder / "export" / f"{stem}_purified{suffix}"
 
 
+def _card(path: Path) -> Path:
+    return path.with_name(f"{path.name}.md")  # every file that is written has its own
+
+
 def check(this: Run) -> None:
     """Raises `UserError` where weights or card would go over the file that they came from, or over anybody else's."""
     path = target(this)
@@ -34,7 +38,7 @@ def check(this: Run) -> None:
 
 
 def _refuse(this: Run, path: Path) -> None:
-    for place in (path, path.with_suffix(".md")):
+    for place in (path, _card(path)):
         export.refuse(place, Path(this.config["model"]["weights"]).expanduser())
 
 
@@ -53,7 +57,7 @@ def run(this: Run, command: str) -> None:
     update(this, command, stages={"export": records.StageCost(**dataclasses.asdict(spent))})
     if parallel.is_lead():
         record = records.read(this.folder / "record.json")
-        records.write_text(path.with_suffix(".md"), card.markdown(record, path.name, torch_file.sha256(path)))
+        records.write_text(_card(path), card.markdown(record, path.name, torch_file.sha256(path)))
         progress.say(f"export: {path}")
 
 

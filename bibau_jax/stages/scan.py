@@ -20,6 +20,7 @@ from bibau_jax.models import Classifier
 from bibau_jax.run import Run, load_model, update, write_arrays
 from bibau_jax.stages import evaluate
 
+COMPARABLE = 3  # classes; fewer have no median to stand out from
 LEAST_SPREAD = 0.05  # of the logarithms: where sizes are alike to 5 % or there is none, one that is half as large stands out
 
 
@@ -45,15 +46,15 @@ class Scan(NamedTuple):
 
     @property
     def is_undetermined(self) -> bool:
-        """Whether too few triggers were found to compare them with each other."""
-        return 2 * self.found < len(self.triggers.sizes)
+        """Whether there is too little to compare: triggers for less than half of the classes, or only two classes."""
+        return 2 * self.found < len(self.triggers.sizes) or len(self.triggers.sizes) < COMPARABLE
 
     @property
     def told(self) -> dict[str, Any]:
-        """The numbers of the scan for a record; -1 stands for the size of a trigger that was not found."""
+        """The numbers of the scan for a record; size -1 and index None are those of a trigger that was not found."""
         sizes = [float(size) if np.isfinite(size) else -1.0 for size in self.triggers.sizes]
-        index = [float(value) if np.isfinite(value) else 0.0 for value in self.index]
-        largest = float(self.index[self.suspected]) if self.suspected >= 0 else 0.0
+        index = [float(value) if np.isfinite(value) else None for value in self.index]
+        largest = index[self.suspected] if self.suspected >= 0 else None
         told = {"flagged": list(self.flagged), "suspected": self.suspected, "anomaly_index": largest}
         told |= {"found": self.found, "undetermined": self.is_undetermined}
         return told | {"indices": index, "sizes": sizes, "reached": self.triggers.reached.tolist()}
@@ -74,11 +75,9 @@ def scan(
     """Inverts a trigger for every class on `images` of the clean ones, at least one of each class; `search`: see `invert`.
 
     A class is flagged where its index is above `limit` (the paper: 2) and its trigger at most `share` of the median's size:
-    where all classes are nearly alike, a little less than the others says nothing. UserError for fewer than three classes,
-    whose sizes have no spread to compare with.
+    where all classes are nearly alike, a little less than the others says nothing. Two classes have no spread to compare with:
+    both triggers are inverted, and it cannot be told whether one is too small.
     """
-    if classifier.num_classes < 3:
-        raise UserError("a scan compares classes with each other, and needs at least three of them")
     count = min(max(images, classifier.num_classes), len(clean))
     chosen = clean.take(splits.class_balanced(clean.labels, count))
     triggers, _ = inversion.invert(key, classifier, variables, chosen, journal=journal, **search)
@@ -144,7 +143,9 @@ def read(path) -> Scan:
 def say(this: Run, found: Scan) -> None:
     """One line of what the scan found."""
     told = found.told
-    if found.is_undetermined:
+    if len(found.index) < COMPARABLE:
+        line = "cannot tell: two classes are too few to compare"
+    elif found.is_undetermined:
         count = len(found.index)
         line = f"cannot tell: no trigger was found for {count - found.found} of {count} classes; a longer search may find them "
         line += "(scan.epochs, scan.images)"
