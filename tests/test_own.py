@@ -153,7 +153,7 @@ def saved(path, images, labels) -> str:
 
 
 def test_test_images_are_of_the_same_size_and_classes_and_none_that_is_trained_on(tmp_path, capsys):
-    images = np.random.default_rng(0).integers(0, 256, (8, 12, 10, 3)).astype(np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (8, 10, 12, 3)).astype(np.uint8)
     labels = np.arange(8) % 2
     mine = own.read(saved(tmp_path / "mine.npz", images[:4], labels[:4]))
     some = own.read_test(saved(tmp_path / "test.npz", images[2:], labels[2:]), mine)
@@ -162,7 +162,7 @@ def test_test_images_are_of_the_same_size_and_classes_and_none_that_is_trained_o
     with pytest.raises(UserError, match="no image that is not among the clean ones"):
         own.read_test(str(tmp_path / "mine.npz"), mine)
     doubled = saved(tmp_path / "large.npz", images.repeat(2, 1).repeat(2, 2), labels)
-    with pytest.raises(UserError, match=r"differ in size \(24x20x3 and 12x10x3\)"):
+    with pytest.raises(UserError, match=r"differ in size \(20x24x3 and 10x12x3\)"):
         own.read_test(doubled, mine)
     small = own.read(saved(tmp_path / "m.npz", 255 - images[:4], labels[:4]), image_size=9)
     assert len(own.read_test(doubled, small, image_size=9)) == 8

@@ -133,11 +133,8 @@ def test_the_purified_file_is_a_model_like_any_other(finished, settings, tmp_pat
 def test_the_page_tells_verdict_evidence_and_what_is_not_known(finished):
     folder, _ = finished
     page = (folder / "report.html").read_text()
-    assert (
-        "The model as it came is suspicious: a patch of about" in page
-        and "What is not known" in page
-        and page.count("data:image/png") >= 12
-    )
+    assert "The model as it came is suspicious: a patch of about" in page and "What is not known" in page
+    assert page.count("data:image/png") >= 12
     assert not re.search(r"\b(None|nan)\b", re.sub(r'"data:[^"]*"', "", page))
 
 

@@ -55,7 +55,7 @@ def _row(record, measured, name: str) -> dict:
     row = {
         "dataset": data["name"],
         "model": Path(weights).name.partition(".")[0] if weights else words.model(config["model"]),
-        "attack": "patch" if weights else config["attack"]["name"],
+        "attack": _attack(config),
         "defense": measured.defense,
         "variant": 1,
         "settings": "",
@@ -69,6 +69,13 @@ def _row(record, measured, name: str) -> dict:
     further = {key: value for key, value in measured.extra.items() if words.is_number(value) and key not in COLUMNS}
     model = {key: measured.extra[key] for key in ("model_sha256",) if key in measured.extra}
     return {key: row[key] for key in COLUMNS} | model | dict(sorted(further.items()))
+
+
+def _attack(config: dict) -> str:
+    """The attack of a row; nobody knows a stranger's, but where its trigger is given."""
+    if not config["model"].get("weights"):
+        return config["attack"]["name"]
+    return "patch" if config.get("verify", {}).get("trigger") else "unknown"
 
 
 def _images(record) -> dict:

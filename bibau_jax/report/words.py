@@ -16,6 +16,7 @@ ATTACKS = {
     "enhanced_adap_blend": "Enhanced Adap-Blend",
     "enhanced_adap_patch": "Enhanced Adap-Patch",
     "patch": "A trigger of one's own",
+    "unknown": "No trigger known",
 }
 DEFENSES = {
     "none": "Backdoored model",
