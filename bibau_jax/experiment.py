@@ -74,14 +74,6 @@ def status(config: dict, record: records.Record | None) -> int:
     return 2 if found.get("undetermined") else int(bool(found["flagged"]))
 
 
-def batch_sizes(config: dict) -> list[int]:
-    """The batch sizes of the trainings that the config asks for, for the devices to share out."""
-    named = [config["defense"]["name"], *map(str.strip, config["defense"]["beside"].split(","))]
-    own = [section.get("batch_size", 0) for name in named if isinstance(section := config["defense"].get(name), dict)]
-    most = config["data"]["clean_size"]
-    return [config["implant"]["batch_size"], *(min(size, most) for size in (config["defense"]["batch_size"], *own) if size)]
-
-
 def write_report(this: Run, command: str) -> None:
     """The page <workdir>/report.html and the closing table on the terminal, from the record alone."""
     path = this.folder / "record.json"

@@ -21,13 +21,13 @@ DISK = {
 
 def main(argv: list[str]) -> None:
     """Runs the stages; see bibau_jax/experiment.py."""
-    from bibau_jax import experiment, parallel  # JAX starts here, after the flags were found right
+    from bibau_jax import experiment, parallel, run  # JAX starts here, after the flags were found right
 
     logging.set_verbosity(logging.WARNING)  # orbax tells every step of every save
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     config = CONFIG.value.to_dict()
     parallel.keep_compiled()
-    parallel.use_cores(*experiment.batch_sizes(config))
+    parallel.use_cores(*run.batch_sizes(config))
     try:
         record = experiment.run(config, WORKDIR.value, experiment.command_line())
         sys.exit(experiment.status(config, record))

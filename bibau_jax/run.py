@@ -174,6 +174,14 @@ class Run:
         return train.Journal(stage, keeper, scalars, show=lead)
 
 
+def batch_sizes(config: dict) -> list[int]:
+    """The batch sizes of the trainings that the config asks for, for the devices to share out."""
+    named = [config["defense"]["name"], *map(str.strip, config["defense"]["beside"].split(","))]
+    own = [section.get("batch_size", 0) for name in named if isinstance(section := config["defense"].get(name), dict)]
+    most = config["data"]["clean_size"]
+    return [config["implant"]["batch_size"], *(min(size, most) for size in (config["defense"]["batch_size"], *own) if size)]
+
+
 def finish(this: Run, stage: str, tree, history, spent, command: str, told: dict | None = None) -> None:
     """Saves a stage's model with what it cost and `told` of itself, drops its checkpoints, writes the cost into the record."""
     seconds = max(spent.seconds, sum(entry.get("seconds", 0.0) for entry in history))  # a resumed stage spent it in parts

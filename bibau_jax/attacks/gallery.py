@@ -51,11 +51,12 @@ def rows(config: dict, names: list[str], runs: list[str]) -> tuple[list[Row], ob
 
     A run's own attack takes the place of the same one with the config's settings. Says what it leaves out.
     """
-    from bibau_jax import attacks, experiment, progress, workdir
+    from bibau_jax import attacks, progress, workdir
     from bibau_jax.report import words
+    from bibau_jax.run import Run, attack_as_trained
 
     anew = {"mode": "all_to_one", "poison_ratio": 0.0}  # a trigger at test looks the same whatever these are
-    run = experiment.Run(config | {"attack": config["attack"] | anew}, Path())
+    run = Run(config | {"attack": config["attack"] | anew}, Path())
     made, missing = {}, []
     for name in names or [name for name in attacks.names() if name not in attacks.FROM_FILES]:
         attack = run.attack_named(name)
@@ -69,8 +70,8 @@ def rows(config: dict, names: list[str], runs: list[str]) -> tuple[list[Row], ob
         theirs = workdir.read_config(Path(folder).expanduser())
         check_run(theirs, config, folder)
         theirs["data"] |= {name: config["data"][name] for name in ("data_dir", "manual_dir", "download")}
-        trained = experiment.Run(theirs, Path(folder).expanduser().absolute())
-        attack, _ = experiment.attack_as_trained(trained)
+        trained = Run(theirs, Path(folder).expanduser().absolute())
+        attack, _ = attack_as_trained(trained)
         made[attack.name] = row(attack, run.dataset.test)
     if missing := [name for name in missing if name not in made]:
         progress.say(f"left out: {', '.join(missing)}; triggers that are trained are drawn from runs (--runs=FOLDER,...)")
@@ -109,7 +110,7 @@ def draw(made: list[Row], images: np.ndarray, chosen: list[int], path: Path) -> 
 
 def main(argv: list[str]) -> None:
     """Draws the picture and says where it is."""
-    from bibau_jax import experiment  # noqa: F401  JAX starts after the flags were found right
+    from bibau_jax import run  # noqa: F401  JAX starts after the flags were found right
 
     logging.set_verbosity(logging.WARNING)
     out = Path(OUT.value)

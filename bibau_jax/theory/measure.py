@@ -17,12 +17,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bibau_jax import checkpoint, defenses, experiment, keys, parallel, progress, records, train
+from bibau_jax import checkpoint, defenses, keys, parallel, progress, records, train
 from bibau_jax.data import ImageSet
 from bibau_jax.defenses import bibau
 from bibau_jax.errors import UserError
 from bibau_jax.method import settings
-from bibau_jax.run import Run, load_model
+from bibau_jax.run import Run, batch_sizes, load_model
 from bibau_jax.stages import purify
 from bibau_jax.stages.checks import Scene, scene_of, test_pairs
 from bibau_jax.theory import complete_unlearning, linearize, ntk, orthogonality, overlap, trajectory
@@ -241,7 +241,7 @@ def main(arguments=None) -> None:
             raise UserError(f"there is no {given.defaults}: run this in the repository's root, or name the file by --defaults")
         defaults = runpy.run_path(str(given.defaults))["get_config"]().to_dict()
         configs = {folder: completed(read_config(folder), defaults) for folder in given.runs}
-        parallel.use_cores(*(size for config in configs.values() for size in experiment.batch_sizes(config)))
+        parallel.use_cores(*(size for config in configs.values() for size in batch_sizes(config)))
         runs, states = [Run(config, folder.absolute()) for folder, config in configs.items()], given.states
         for run in runs:
             check(run, rows, states, **sizes)
