@@ -16,6 +16,7 @@ from bibau_jax.errors import UserError
 from bibau_jax.importers.pretrained import begin
 from bibau_jax.importers.suspect import Suspect, bring, counted
 from bibau_jax.importers.torch_file import sha256
+from bibau_jax.metrics import cost
 from bibau_jax.models import own_file
 
 OF_A_FILE = ("weights", "container", "normalisation")  # settings of config.model that are about weights from a file
@@ -81,9 +82,19 @@ class Run:
         held_out = self.config["measured_on"] == "validation" or not len(self.dataset.test)
         return self.splits.validation if held_out else self.dataset.test
 
-    @cached_property
+    @property
     def suspect(self) -> Suspect:
-        """The model of a stranger's file; reads it."""
+        """The model of a stranger's file."""
+        return self.brought[0]
+
+    @cached_property
+    def brought(self) -> tuple[Suspect, cost.Cost]:
+        """The model of a stranger's file, which is read once, and what that cost."""
+        with cost.measure() as spent:
+            found = self._bring()
+        return found, spent
+
+    def _bring(self) -> Suspect:
         section = self.config["model"]
         taken = {name: section[name] or "" for name in ("file", *OF_A_FILE[1:], "mean", "std")}
         kept = self.folder / "implant" / "model"

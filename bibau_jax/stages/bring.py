@@ -5,15 +5,13 @@ import dataclasses
 from bibau_jax import parallel, progress
 from bibau_jax.errors import UserError
 from bibau_jax.importers.suspect import said
-from bibau_jax.metrics import cost
 from bibau_jax.run import Run, finish, is_done, load_model, measured_so_far, update
 from bibau_jax.stages import evaluate
 
 
 def run(this: Run, command: str) -> None:
     """Keeps the weights of the file as the model to purify; refuses a file that is not the one that was brought in before."""
-    with cost.measure() as spent:
-        suspect = this.suspect
+    suspect, spent = this.brought
     for line in said(suspect.told):
         progress.say(f"import: {line}", show=parallel.is_lead())
     if is_done(this, "implant", command, called="import"):
