@@ -214,6 +214,7 @@ def defense() -> ConfigDict:
     config.pgd.step_size = 2.0
     config.pgd.steps = 20
     config.pgd.start = "zero"  # or random
+    config.pgd.fooled = 0.0  # share of clean images that must fool the suspicious model, bound and step growing until they do
     config.lambda_kd = 1.0  # lambda_1, the distillation term of the E-step (A)
     config.lambda_prior = 1.0  # lambda_2, the backdoor-feature prior of the E-step (B)
     config.lambda_ewc = 0.1  # lambda_3, EWC (A); at 1 it holds on to the backdoor too

@@ -129,6 +129,39 @@ def test_balanced_the_two_models_pull_with_lengths_that_do_not_depend_on_how_sur
     assert np.abs(slope(weights, sure) - both).max() > 0.1 * np.abs(both).max()
 
 
+@pytest.mark.parametrize("target", [None, 3])
+def test_bound_and_step_grow_together_until_enough_images_fool_the_suspicious_model(backdoored, target):
+    clean, variables = backdoored.clean.take(slice(0, 60)), backdoored.variables
+    few = bibau.Perturbation("l2", 20.0, 6.0, 3, fooled=0.9)
+    given = {"classifier": backdoored.classifier, "target": target, "weights": ALL, "batch_size": 16}
+    found, told = bibau.sufficient(clean, variables, keys.root(0), perturbation=few, **given)
+    factor = found.epsilon / 20.0
+    assert factor in bibau.FACTORS[1:] and found.step_size == pytest.approx(6.0 * factor) and found.steps == 3
+    assert told == {"epsilon": found.epsilon, "step_size": found.step_size, "fooled": told["fooled"]}
+
+    def share(perturbation):
+        some = clean.take(np.flatnonzero(clean.labels != target))
+        alone = given | {"weights": NONE, "perturbation": perturbation}
+        _, seen = bibau.attack_images(some.images, some.labels, variables, variables, keys.root(5), **alone)
+        return (seen == target).mean() if target is not None else (seen != some.labels).mean()
+
+    assert share(found) == pytest.approx(told["fooled"]) and told["fooled"] >= 0.9
+    before = bibau.FACTORS[bibau.FACTORS.index(factor) - 1]
+    assert share(found._replace(epsilon=20.0 * before, step_size=6.0 * before)) < 0.9
+
+
+def test_a_purification_takes_the_bound_that_it_found_and_tells_it(backdoored):
+    small = L2._replace(epsilon=20.0, step_size=6.0, fooled=0.9)
+    given = (keys.root(0), backdoored.classifier, backdoored.variables, backdoored.clean.take(slice(0, 60)))
+    options = {"epochs": 1, "batch_size": 16, "padding": 1, "flip": False}
+    made = bibau.purify(*given, pgd=small, **options)
+    bound = made.told["perturbation"]["epsilon"]
+    again = bibau.purify(*given, pgd=small._replace(epsilon=bound, step_size=0.3 * bound, fooled=0.0), **options)
+    assert bound > 20 and again.told == {}
+    for one, other in zip(jax.tree.leaves(made.variables), jax.tree.leaves(again.variables), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
 # --- M-step
 
 

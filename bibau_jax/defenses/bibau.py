@@ -15,14 +15,17 @@ import numpy as np
 import optax
 from flax import struct
 
-from bibau_jax import keys, parallel, train
-from bibau_jax.data import ImageSet
+from bibau_jax import keys, parallel, progress, train
+from bibau_jax.data import ImageSet, splits
 from bibau_jax.data.augment import crop_and_flip
 from bibau_jax.defenses.protocol import Purified, as_data, check_clean, watch
 from bibau_jax.information import diagonal_fisher
 from bibau_jax.method import ewc, pgd, terms
 from bibau_jax.method.settings import Perturbation, Weights, check, weighted
 from bibau_jax.models import Classifier
+
+TRIED = 256  # clean images that a bound on perturbations is tried on
+FACTORS = [2.0 ** (half / 2) for half in range(13)]  # that it is tried with
 
 
 @struct.dataclass
@@ -215,6 +218,45 @@ def _seen(images, adversarial, labels, variables, backdoored, *, classifier, tar
     return {name: (value * attacked).sum() / count for name, value in parts.items()}
 
 
+def sufficient(
+    clean: ImageSet, backdoored, key, *, classifier, perturbation: Perturbation, target, weights: Weights, batch_size: int
+) -> tuple[Perturbation, dict[str, float]]:
+    """The perturbation with bound and step large enough for `perturbation.fooled`, and what was found: bound, step, share.
+
+    Networks differ in how far an image must be moved to fool them, traffic signs eight times as far as CIFAR-10's; within too
+    small a bound x' hardly ever stands for the backdoor. On at most TRIED clean images (not of the target's class) the E-step
+    without the current model's terms is tried with bound and step times each of FACTORS, until the share is reached.
+    """
+    rows = clean.take(splits.class_balanced(clean.labels, min(TRIED, len(clean))))
+    rows = rows.take(np.flatnonzero(rows.labels != target))
+    alone, form = weights._replace(kd=0.0, prior=0.0), weights.attack_form
+
+    @jax.jit
+    def taken_in(backdoored, images, labels, key, factor):
+        images = parallel.shard(images.astype(jnp.float32))
+        larger = _times(perturbation, factor)
+        given = {"classifier": classifier, "target": target, "weights": alone, "perturbation": larger}
+        adversarial = e_step(images, labels, backdoored, backdoored, key, **given)
+        return fooling(classifier.apply(backdoored, adversarial).logits, labels, target=target, form=form)[1]
+
+    placed, block = parallel.replicate(backdoored), parallel.padded(min(batch_size, len(rows)))
+    for factor in FACTORS:
+        seen = []
+        for begin in range(0, len(rows), block):
+            part = rows.take(np.arange(begin, begin + block) % len(rows))
+            given = parallel.replicate((part.images, part.labels))
+            seen.append(parallel.gather(taken_in(placed, *given, keys.stream(key, "block", begin), jnp.float32(factor))))
+        share = float(np.concatenate(seen)[: len(rows)].mean())
+        if share >= perturbation.fooled:
+            break
+    found = _times(perturbation, factor)
+    return found, {"epsilon": found.epsilon, "step_size": found.step_size, "fooled": share}
+
+
+def _times(perturbation: Perturbation, factor) -> Perturbation:
+    return perturbation._replace(epsilon=factor * perturbation.epsilon, step_size=factor * perturbation.step_size)
+
+
 def attack_images(images, labels, variables, backdoored, key, *, batch_size: int, **options) -> tuple[np.ndarray, np.ndarray]:
     """(x' float32, f_b's classes for them) for uint8 images of any number, by the E-step with `options`; host arrays."""
 
@@ -350,7 +392,12 @@ def purify(
         **objective,
     )
     weights = weighted(ablation, **objective)
-    attack = {"target": target_label if targeted else None, "perturbation": pgd}
+    attack, told = {"target": target_label if targeted else None}, {}
+    if pgd.fooled:
+        given = {"classifier": classifier, "weights": weights, "batch_size": batch_size, **attack}
+        pgd, told["perturbation"] = sufficient(clean, variables, keys.stream(key, "sufficient"), perturbation=pgd, **given)
+        progress.say(_said(told["perturbation"]), show=journal.show)
+    attack["perturbation"] = pgd
     steps = epochs * max(1, len(clean) // min(batch_size, len(clean)))
     optimizer = train.sgd(
         train.learning_rate_schedule(schedule, learning_rate, steps),
@@ -375,7 +422,12 @@ def purify(
     samples = sample(
         clean, state.variables, variables, key, classifier=classifier, weights=weights, batch_size=batch_size, **attack
     )
-    return Purified(state.variables, history, samples)
+    return Purified(state.variables, history, samples, told)
+
+
+def _said(found: dict) -> str:
+    share = f"{100 * found['fooled']:.0f} % of images fool the model as it came"
+    return f"bound on perturbations: {found['epsilon']:,.0f} grey levels in all, within which {share}"
 
 
 def _first_state(variables, optimizer) -> UnlearningState:

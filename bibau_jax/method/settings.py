@@ -16,6 +16,8 @@ class Perturbation(NamedTuple):
     """How adversarial images are sought: norm "l2" or "linf", bound and step on the 0..255 scale, number of steps.
 
     `start` is "zero" or "random". The paper states 20 steps of 2.0 within 25.0; its norm is lost, and "l2" is our reading.
+    `fooled` above 0 is the share of clean images, 0..1, that must fool the suspicious model within the bound: bound and step
+    grow by one factor until they do, see `defenses.bibau.sufficient` (ours; 0 keeps them).
     """
 
     norm: str = "l2"
@@ -23,6 +25,7 @@ class Perturbation(NamedTuple):
     step_size: float = 2.0
     steps: int = 20
     start: str = "zero"
+    fooled: float = 0.0
 
 
 class Weights(NamedTuple):
@@ -98,6 +101,8 @@ def check(
         raise UserError(f"target label {target_label} is outside the {num_classes} classes 0..{num_classes - 1}")
     if pgd.epsilon <= 0 or pgd.step_size <= 0 or pgd.steps < 0:
         raise UserError("pgd.epsilon and pgd.step_size must be positive, pgd.steps at least 0")
+    if not 0 <= pgd.fooled <= 1:
+        raise UserError("pgd.fooled must lie within 0..1")
     if iewc_cap <= 0 or temperature <= 0:
         raise UserError("iewc_cap and temperature must be positive")
     if not 0 <= eta <= 1 or not 0 <= alpha <= 1:
