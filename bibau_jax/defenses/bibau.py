@@ -223,9 +223,9 @@ def sufficient(
 ) -> tuple[Perturbation, dict[str, float]]:
     """The perturbation with bound and step large enough for `perturbation.fooled`, and what was found: bound, step, share.
 
-    Networks differ in how far an image must be moved to fool them, traffic signs eight times as far as CIFAR-10's; within too
-    small a bound x' hardly ever stands for the backdoor. On at most TRIED clean images (not of the target's class) the E-step
-    without the current model's terms is tried with bound and step times each of FACTORS, until the share is reached.
+    Networks differ much in how far an image must be moved to fool them, and x' that fool nobody unlearn nothing. On at most
+    TRIED clean images (not of the target's class) the E-step without the current model's terms is tried with bound and step
+    times each of FACTORS, until the share is reached.
     """
     rows = clean.take(splits.class_balanced(clean.labels, min(TRIED, len(clean))))
     rows = rows.take(np.flatnonzero(rows.labels != target))
