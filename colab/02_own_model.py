@@ -81,7 +81,7 @@ attacker = digits.get_config("badnets")
 attacker.stages = "implant"
 attacker.implant.clean_twin = "none"
 if QUICK:
-    attacker.update_from_flattened_dict({"model.width": 4, "model.stages": (1,), "data.train_size": 600, "implant.epochs": 4})
+    attacker.update_from_flattened_dict({"model.width": 8, "model.stages": (1,), "data.train_size": 600, "implant.epochs": 20})
 
 experiment.run(attacker.to_dict(), str(FOLDER / "attacker"))
 theirs = experiment.Run(workdir.read_config(FOLDER / "attacker"), FOLDER / "attacker")
@@ -157,11 +157,12 @@ for label, (mask, pattern) in enumerate(zip(arrays["masks"], arrays["patterns"],
     axis.set(xticks=[], yticks=[])
     axis.set_title(f"{label}: {found['sizes'][label]:.0f} px", fontsize=10, color=tones[label])
 axis = figure.add_subplot(grid[1, :])
-bars = axis.bar(range(len(tones)), np.maximum(found["indices"], 0), color=tones)  # below 0: a larger patch than most
+heights = [max(index or 0.0, 0.0) for index in found["indices"]]  # below 0: a larger patch than most; None: no patch found
+bars = axis.bar(range(len(tones)), heights, color=tones)
 axis.bar_label(bars, fmt="%.1f", padding=2)
 axis.axhline(2, color="#1c1d1f", linestyle=":", linewidth=1)
 axis.text(len(tones) - 0.5, 2, " suspicious above", va="bottom", ha="right", fontsize=9)
-axis.set(xlabel="class", ylabel="anomaly index", xticks=range(len(tones)), ylim=(0, max(3, 1.2 * max(found["indices"]))))
+axis.set(xlabel="class", ylabel="anomaly index", xticks=range(len(tones)), ylim=(0, max(3, 1.2 * max(heights))))
 figure.suptitle("The smallest patch that leads to each class (grey: left as it is), and how far it stands out")
 plt.show()
 print("flagged:", sorted(flagged) or "none")
