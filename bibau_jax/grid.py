@@ -80,6 +80,14 @@ def runs(
     return made
 
 
+def alone(changes: dict[str, dict]) -> dict[str, dict]:
+    """Variants, by suffix, that purify by the main defence alone, with these settings of it: {"kd0": {"lambda_kd": 0.0}}."""
+    return {
+        suffix: {"defense.beside": ""} | {f"defense.{name}": value for name, value in settings.items()}
+        for suffix, settings in changes.items()
+    }
+
+
 def read(path: str) -> list[Job]:
     """The jobs that a grid file's `get_grid()` lists; UserError where it cannot be read or names are wrong."""
     try:

@@ -224,29 +224,25 @@ def sufficient(
     """The perturbation with bound and step large enough for `perturbation.fooled`, and what was found: bound, step, share.
 
     Networks differ much in how far an image must be moved to fool them, and x' that fool nobody unlearn nothing. On at most
-    TRIED clean images (not of the target's class) the E-step without the current model's terms is tried with bound and step
-    times each of FACTORS, until the share is reached.
+    TRIED clean images, one a class at least (none of the target's), the E-step without the current model's terms is tried with
+    bound and step times each of FACTORS, until the share is reached. Where none is asked for, it stays as it is: ..., {}.
     """
-    rows = clean.take(splits.class_balanced(clean.labels, min(TRIED, len(clean))))
+    if not perturbation.fooled:
+        return perturbation, {}
+    rows = clean.take(splits.class_balanced(clean.labels, min(max(TRIED, classifier.num_classes), len(clean))))
     rows = rows.take(np.flatnonzero(rows.labels != target))
-    alone, form = weights._replace(kd=0.0, prior=0.0), weights.attack_form
+    alone, form, key = weights._replace(kd=0.0, prior=0.0), weights.attack_form, keys.stream(key, "sufficient")
 
     @jax.jit
-    def taken_in(backdoored, images, labels, key, factor):
+    def taken_in(backdoored, factor, images, labels, key):
         images = parallel.shard(images.astype(jnp.float32))
         larger = _times(perturbation, factor)
         given = {"classifier": classifier, "target": target, "weights": alone, "perturbation": larger}
         adversarial = e_step(images, labels, backdoored, backdoored, key, **given)
         return fooling(classifier.apply(backdoored, adversarial).logits, labels, target=target, form=form)[1]
 
-    placed, block = parallel.replicate(backdoored), parallel.padded(min(batch_size, len(rows)))
     for factor in FACTORS:
-        seen = []
-        for begin in range(0, len(rows), block):
-            part = rows.take(np.arange(begin, begin + block) % len(rows))
-            given = parallel.replicate((part.images, part.labels))
-            seen.append(parallel.gather(taken_in(placed, *given, keys.stream(key, "block", begin), jnp.float32(factor))))
-        share = float(np.concatenate(seen)[: len(rows)].mean())
+        share = float(_in_blocks(partial(taken_in, backdoored, jnp.float32(factor)), rows, key, batch_size).mean())
         if share >= perturbation.fooled:
             break
     found = _times(perturbation, factor)
@@ -266,13 +262,19 @@ def attack_images(images, labels, variables, backdoored, key, *, batch_size: int
         adversarial = e_step(images, labels, variables, backdoored, key, **options)
         return adversarial, jnp.argmax(options["classifier"].apply(backdoored, adversarial).logits, -1)
 
-    block, found = parallel.padded(min(batch_size, len(images))), []
-    for begin in range(0, len(images), block):
-        rows = np.arange(begin, begin + block) % len(images)  # the last block wraps round; the surplus is cut off
-        part = parallel.replicate((images[rows], labels[rows]))
-        found.append(parallel.gather(attack(variables, backdoored, *part, keys.stream(key, "block", begin))))
-    adversarial, seen = (np.concatenate(parts)[: len(images)] for parts in zip(*found, strict=True))
+    given = ImageSet(images, labels, np.arange(len(images), dtype=np.int32))
+    adversarial, seen = _in_blocks(partial(attack, variables, backdoored), given, key, batch_size)
     return adversarial, seen.astype(np.int32)
+
+
+def _in_blocks(of_block: Callable, rows: ImageSet, key, batch_size: int):
+    """What `of_block(images, labels, key)` gives for all rows, in blocks with keys of their own; host arrays."""
+    block, found = parallel.padded(min(batch_size, len(rows))), []
+    for begin in range(0, len(rows), block):
+        part = rows.take(np.arange(begin, begin + block) % len(rows))  # the last block wraps round; the surplus is cut off
+        given = parallel.replicate((part.images, part.labels))
+        found.append(parallel.gather(of_block(*given, keys.stream(key, "block", begin))))
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(rows)], *found)
 
 
 def unlearning_set(clean: ImageSet, backdoored, key, *, labels: str, target: int | None, **options):
@@ -393,11 +395,6 @@ def purify(
     )
     weights = weighted(ablation, **objective)
     attack, told = {"target": target_label if targeted else None}, {}
-    if pgd.fooled:
-        given = {"classifier": classifier, "weights": weights, "batch_size": batch_size, **attack}
-        pgd, told["perturbation"] = sufficient(clean, variables, keys.stream(key, "sufficient"), perturbation=pgd, **given)
-        progress.say(_said(told["perturbation"]), show=journal.show)
-    attack["perturbation"] = pgd
     steps = epochs * max(1, len(clean) // min(batch_size, len(clean)))
     optimizer = train.sgd(
         train.learning_rate_schedule(schedule, learning_rate, steps),
@@ -406,6 +403,11 @@ def purify(
         max_grad_norm=max_grad_norm,
     )
     variables = parallel.replicate({name: variables[name] for name in ("params", "batch_stats")})
+    given = {"classifier": classifier, "weights": weights, "batch_size": batch_size, "perturbation": pgd}
+    attack["perturbation"], found = sufficient(clean, variables, key, **given, **attack)
+    if found:
+        told["perturbation"] = found
+        progress.say(_said(found), show=journal.show)
     fishers = {"refresh": fisher_refresh, "chunk": fisher_chunk, "labels": unlearning_labels, "batch_size": batch_size}
     state, history = train.fit(
         partial(step, classifier=classifier, optimizer=optimizer, weights=weights, padding=padding, flip=flip, **attack),

@@ -1,5 +1,6 @@
 """A stranger's model, brought in: from a file of weights to a network that answers, with everything found out on the way."""
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -150,13 +151,10 @@ def _network(checkpoint: torch_file.Checkpoint, name: str, file: str, num_classe
         found = architectures.by_name(name, checkpoint.arrays) if name else architectures.guess(checkpoint.arrays)
     except UserError:
         inner = torch_file.without_common_prefix(checkpoint)
-        if inner is None:
-            raise
-        try:
-            return _network(inner, name, file, num_classes)
-        except UserError:
-            pass  # the keys as they stand in the file are what its owner knows
-        raise
+        with contextlib.suppress(UserError):
+            if inner is not None:
+                return _network(inner, name, file, num_classes)
+        raise  # about the keys as they stand in the file, which is what its owner knows
     given = partial(architectures.classifier, found, num_classes=found.options["num_classes"])
     return _Network(given, found.table, found.name), checkpoint
 

@@ -87,8 +87,12 @@ def _outcome(before, after) -> list[str]:
 def _flagged(record, found: dict) -> str:
     if found.get("undetermined"):
         return "classes that cannot be compared"
-    names = [class_name(record, label) for label in found["flagged"]]
-    return f"suspicious class{'es' * (len(names) > 1)} {', '.join(names)}" if names else "no suspicious class"
+    several = "es" * (len(found["flagged"]) > 1)
+    return f"suspicious class{several} {_names(record, found)}" if found["flagged"] else "no suspicious class"
+
+
+def _names(record, found: dict) -> str:
+    return ", ".join(class_name(record, label) for label in found["flagged"])
 
 
 def _called_back(after, begin: str = "") -> str:
@@ -211,8 +215,7 @@ def _said(record, measured) -> str:
     found = measured.extra.get("scan")
     if found is None:
         return words.NOTHING
-    named = ", ".join(class_name(record, label) for label in found["flagged"]) or "no class"
-    return "cannot tell" if found.get("undetermined") else named
+    return "cannot tell" if found.get("undetermined") else _names(record, found) or "no class"
 
 
 def _index(measured) -> str:

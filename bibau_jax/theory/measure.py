@@ -210,9 +210,8 @@ def adversarial(scene: Scene, row: str, last, count: int) -> dict[str, dict[str,
         "perturbation": chosen["pgd"],
         "batch_size": chosen["batch_size"],
     }
-    if chosen["pgd"].fooled:
-        key = keys.stream(keys.stream(this.key, "purify"), "sufficient")
-        attack["perturbation"], _ = bibau.sufficient(this.splits.clean, backdoored, key, **attack)
+    # with the key that the purification itself had
+    attack["perturbation"], _ = bibau.sufficient(this.splits.clean, backdoored, keys.stream(this.key, "purify"), **attack)
     found, given = {}, (this.classifier, scene.models["clean"], backdoored)
     for when, current in (("start", backdoored), ("end", last)):
         key = keys.stream(this.key, "theory/adversarial")

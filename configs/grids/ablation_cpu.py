@@ -8,7 +8,7 @@ from bibau_jax import grid
 
 def get_grid():
     """The paper's four attacks, on the backdoored models of configs/grids/reactivation_cpu.py where these are there."""
-    ablations = {"a": {"defense.ablation": "+A", "defense.beside": ""}, "b": {"defense.ablation": "+B", "defense.beside": ""}}
+    ablations = grid.alone({"a": {"ablation": "+A"}, "b": {"ablation": "+B"}})
     checks = {"reactivate.checks": "retuning,query,bec,orthogonality,linearity,path,features"}
     seeds = dict.fromkeys(("badnets", "refool", "iad", "issba"), (0,))
     return grid.runs("configs/cifar10_cpu.py", seeds, checks, ablations)

@@ -10,6 +10,6 @@ ETAS = {"eta0": 0.0, "eta25": 0.25, "eta75": 0.75, "eta100": 1.0}  # 0.5 is the 
 
 def get_grid():
     """BI-BAU (U) alone on the backdoored models of configs/grids/reactivation_cpu.py where these are there."""
-    variants = {name: {"defense.eta": eta, "defense.beside": ""} for name, eta in ETAS.items()}
+    variants = grid.alone({name: {"eta": eta} for name, eta in ETAS.items()})
     checks = {"reactivate.checks": "retuning,query,bec,orthogonality,linearity,path,features"}
     return grid.runs("configs/cifar10_cpu.py", {"badnets": (0,), "blended": (0,)}, checks, variants)

@@ -33,8 +33,4 @@ VARIANTS = {
 def get_grid():
     """The default settings with everything beside them, then BI-BAU (U) alone with one thing changed."""
     settings = {"measured_on": "validation", "reactivate.checks": "retuning,bec"}
-    variants = {
-        suffix: {"defense.beside": ""} | {f"defense.{name}": value for name, value in changes.items()}
-        for suffix, changes in VARIANTS.items()
-    }
-    return grid.runs("configs/cifar10_cpu.py", {"badnets": (SEED,), "blended": (SEED,)}, settings, variants)
+    return grid.runs("configs/cifar10_cpu.py", {"badnets": (SEED,), "blended": (SEED,)}, settings, grid.alone(VARIANTS))

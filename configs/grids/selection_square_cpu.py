@@ -26,8 +26,4 @@ def get_grid():
     """The settings of our own networks with fine-tuning and Base AT beside them, then one purification for each variant."""
     settings = SURE | {"measured_on": "validation", "reactivate.checks": "retuning", "implant.clean_twin": "none"}
     settings |= {"defense.beside": "ft,base_at"}
-    variants = {
-        suffix: {"defense.beside": ""} | {f"defense.{name}": value for name, value in changes.items()}
-        for suffix, changes in VARIANTS.items()
-    }
-    return grid.runs("configs/cifar10_cpu.py", {"badnets": (SEED,)}, settings, variants)
+    return grid.runs("configs/cifar10_cpu.py", {"badnets": (SEED,)}, settings, grid.alone(VARIANTS))

@@ -23,8 +23,4 @@ def get_grid():
     """The default settings with fine-tuning and Base AT beside them, then BI-BAU (U) alone with one thing changed."""
     settings = SURE | {"measured_on": "validation", "reactivate.checks": "retuning", "implant.clean_twin": "none"}
     settings |= {"defense.beside": "ft,base_at"}
-    variants = {
-        suffix: {"defense.beside": ""} | {f"defense.{name}": value for name, value in changes.items()}
-        for suffix, changes in VARIANTS.items()
-    }
-    return grid.runs("configs/cifar10_cpu.py", {"badnets": (SEED,), "blended": (SEED,)}, settings, variants)
+    return grid.runs("configs/cifar10_cpu.py", {"badnets": (SEED,), "blended": (SEED,)}, settings, grid.alone(VARIANTS))
