@@ -60,6 +60,8 @@ class Run:
     def splits(self) -> splits.Splits:
         section = self.config["data"]
         if section["folder"]:
+            if not self._holds_out:
+                return splits.Splits(self.dataset.train, self.dataset.train, self.dataset.train.take(slice(0)))
             key, share = keys.stream(self.key, "data"), section["held_out"]
             clean, held_out = splits.divide_own(key, self.dataset.train, held_out_share=share)
             return splits.Splits(clean, clean, held_out)
@@ -68,6 +70,12 @@ class Run:
             total = section["train_size"] or len(self.dataset.train) - section["validation_size"]
             sizes["clean_size"] = round(section["clean_ratio"] * total)
         return splits.divide(keys.stream(self.key, "data"), self.dataset.train, **sizes)
+
+    @property
+    def _holds_out(self) -> bool:
+        """Whether some of one's own images are held out: to measure on, to limit a loss by, or to choose thresholds by."""
+        measures = self.config["measured_on"] == "validation" or not self.config["data"]["test"]
+        return measures or self.config["defense"]["max_loss"] > 0 or any(map(defenses.chooses, self.rows))
 
     def first_weights(self, key: jax.Array) -> dict:
         """The variables that a training of this run's network begins with."""

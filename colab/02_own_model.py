@@ -118,8 +118,6 @@ settings = {
     "defense.epochs": 30,
     "defense.batch_size": 48,
     "defense.learning_rate": 0.1,
-    "defense.pgd.epsilon": 500.0,
-    "defense.pgd.step_size": 150.0,
     "defense.lambda_kd": 0.03,
     "defense.lambda_iewc": 5.0,
     "reactivate.retuning.images": 256,

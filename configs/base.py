@@ -28,9 +28,9 @@ def get_config() -> ConfigDict:
     config.data.manual_dir = ""  # where archives lie that were downloaded by hand
     config.data.download = True  # whether a missing archive may be downloaded
     config.data.folder = ""  # one's own labelled images in place of a data set: a folder of class/picture, or an .npz file
-    config.data.test = ""  # more of them, to measure on; "" holds some of the others out
+    config.data.test = ""  # more of them, to measure on; "" measures on those held out
     config.data.image_size = 0  # side that one's own images are resized to; 0 leaves them
-    config.data.held_out = 0.2  # share of one's own images that is held out: never trained on or scanned
+    config.data.held_out = 0.2  # share of one's own images that is never trained on, where one measures or chooses by it
     config.data.train_size = 0  # training images; 0 takes all that validation leaves
     config.data.clean_size = 2500  # the defender's clean images, drawn from the training images (5 %)
     config.data.clean_ratio = 0.0  # as a share of the training images instead; 0 takes clean_size
@@ -209,7 +209,7 @@ def defense() -> ConfigDict:
     config.target_label = 0  # the class that bibau_t takes for the attacker's
     config.ablation = "+A+B"  # base_at, +A, +B or +A+B (Table 6)
     config.pgd = ConfigDict()
-    config.pgd.norm = "l2"  # or linf; lost in the paper's text
+    config.pgd.norm = "l2"  # or linf, l1 (few values, moved far); lost in the paper's text
     config.pgd.epsilon = 25.0  # bound on the perturbation, pixels 0..255
     config.pgd.step_size = 2.0
     config.pgd.steps = 20

@@ -30,8 +30,11 @@ def get_config():
     config.defense.batch_size = 64
     config.defense.learning_rate = 0.03
     config.defense.pgd.steps = 5
-    config.defense.pgd.step_size = 15.0
-    config.defense.pgd.epsilon = 50.0
+    # A trigger may be a few pixels that change much, which L2 does not come near; and some networks are harder to fool.
+    config.defense.pgd.norm = "l1"
+    config.defense.pgd.epsilon = 1500.0
+    config.defense.pgd.step_size = 750.0
+    config.defense.pgd.fooled = 0.9
     config.reactivate.checks = ""
     config.reactivate.query.epochs = 20  # the paper's 50 take two and a half times as long
     config.reactivate.retuning.poisoned = 5  # the most that the paper gives any attack

@@ -260,7 +260,7 @@ def test_an_unknown_schedule_is_refused(name, backdoored):
     "options, words",
     [
         ({"ablation": "A"}, r'ablation "A" is unknown; choose one of base_at, \+A, \+B, \+A\+B'),
-        ({"pgd": Perturbation(norm="l1")}, 'pgd.norm "l1" is unknown; choose one of l2, linf'),
+        ({"pgd": Perturbation(norm="l0")}, 'pgd.norm "l0" is unknown; choose one of l2, linf, l1'),
         ({"pgd": Perturbation(start="one")}, 'pgd.start "one" is unknown; choose one of zero, random'),
         ({"prior_form": "angle"}, 'prior_form "angle" is unknown; choose one of cosine, inner'),
         ({"iewc_form": "log"}, 'iewc_form "log" is unknown; choose one of clip, neg_log, hinge'),

@@ -106,7 +106,7 @@ def done(finished, tmp_path):
         ({"implant.momentum": 1.0}, "implant.momentum must lie in 0..1 (below 1)"),
         ({"defense.ablation": "+C"}, 'ablation "+C" is unknown; choose one of base_at, +A, +B, +A+B'),
         ({"defense.iewc_form": "tanh"}, 'iewc_form "tanh" is unknown; choose one of '),
-        ({"defense.pgd.norm": "l1"}, 'pgd.norm "l1" is unknown; choose one of l2, linf'),
+        ({"defense.pgd.norm": "l0"}, 'pgd.norm "l0" is unknown; choose one of l2, linf, l1'),
         ({"defense.pgd.epsilon": 0.0}, "pgd.epsilon and pgd.step_size must be positive, pgd.steps at least 0"),
         ({"defense.eta": 1.5}, "eta and alpha must lie within 0..1"),
         ({"defense.temperature": 0.0}, "iewc_cap and temperature must be positive"),

@@ -28,8 +28,6 @@ QUICK = {
     "defense.epochs": 12,
     "defense.batch_size": 40,
     "defense.learning_rate": 0.1,
-    "defense.pgd.epsilon": 500.0,
-    "defense.pgd.step_size": 150.0,
     "defense.lambda_kd": 0.03,
     "defense.lambda_iewc": 5.0,
     "reactivate.retuning.images": 96,
@@ -104,7 +102,7 @@ def test_the_scan_names_the_attackers_class_and_purification_takes_its_trigger_a
     before, after = (record.metrics[name] for name in ("backdoored", "purified"))
     assert before.extra["scan"]["suspected"] == 0 and before.extra["scan"]["flagged"] == [0]
     assert before.asr.percent > 90 and after.asr.percent < 20
-    assert after.ca.percent > 60  # of 160 images to purify with
+    assert after.ca.percent > 60  # of 200 images to purify with
     assert before.extra["stand_in_asr"] > 80 > after.extra["stand_in_asr"]
     for name in ("r_asr", "q_asr", "stand_in_r_asr", "stand_in_q_asr"):
         assert 0 <= after.extra[name] <= 100 and name not in before.extra
@@ -232,12 +230,27 @@ def test_what_was_found_out_about_the_file_is_said_and_doubts_with_it(settings, 
     swapped = np.array([0, 1, 2, 3, 4, 5, 6, 7, 9, 8])[labels]
     few = np.concatenate([np.flatnonzero(labels == label)[:6] for label in range(10)])
     np.savez(tmp_path / "few.npz", images=images[few], labels=swapped[few])
-    given = {"data.folder": str(tmp_path / "few.npz"), "stages": "import"}
+    given = {"data.folder": str(tmp_path / "few.npz"), "stages": "import", "defense.max_loss": 5.0}
     told = experiment.run(settings(given), str(tmp_path / "run")).config and capsys.readouterr().err
     assert "import: resnet18 (zip, without module.), 10 classes, pixels scaled as " in told
     assert "% of the clean images right" in told and "There are only 60 clean images, 48 of them to " in told
     assert "images: 48 to scan and train with, 12 held out; models are measured on" in told
     assert "The model hardly knows images of classes 8, 9; are the classes in the order of its outputs?" in told
+
+
+@pytest.mark.parametrize(
+    ("changes", "held_out"),
+    [
+        ({}, 0),
+        ({"data.test": ""}, 40),
+        ({"measured_on": "validation"}, 40),
+        ({"defense.max_loss": 5.0}, 40),
+        ({"defense.beside": "ft,rnp"}, 40),
+    ],
+)
+def test_images_are_held_out_where_something_is_measured_or_chosen_by_them(settings, changes, held_out, tmp_path):
+    divided = experiment.Run(settings(changes), tmp_path).splits
+    assert (len(divided.clean), len(divided.validation)) == (200 - held_out, held_out)
 
 
 def test_the_scans_class_is_waited_for(settings, tmp_path):

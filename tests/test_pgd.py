@@ -8,14 +8,14 @@ import pytest
 from bibau_jax.method import pgd
 
 RNG = np.random.default_rng(0)
-IMAGES = RNG.uniform(0, 255, (5, 4, 6, 3)).astype(np.float32)
+IMAGES = RNG.uniform(0, 255, (5, 8, 10, 3)).astype(np.float32)
 IMAGES[0, 0] = 0.0  # at the edges of the pixel range already
 IMAGES[1, 1] = 255.0
 PEAK = RNG.uniform(-100, 355, IMAGES.shape).astype(np.float32)
 NORMS = pytest.mark.parametrize("norm", pgd.NORMS)
 STARTS = pytest.mark.parametrize("start", [None, "random"])
-EPSILON = {"l2": 60.0, "linf": 20.0}
-STEP = {"l2": 25.0, "linf": 7.0}
+EPSILON = {"l2": 60.0, "linf": 20.0, "l1": 300.0}
+STEP = {"l2": 25.0, "linf": 7.0, "l1": 110.0}
 
 
 def objective(images):
@@ -36,7 +36,30 @@ def attack(norm, steps=6, start=None, images=IMAGES, fn=gradient, **options):
 
 def length(perturbation, norm):
     flat = np.abs(perturbation.astype(np.float64).reshape(len(perturbation), -1))
-    return flat.max(1) if norm == "linf" else np.sqrt((flat**2).sum(1))
+    return {"linf": flat.max(1), "l2": np.sqrt((flat**2).sum(1)), "l1": flat.sum(1)}[norm]
+
+
+def direction(slope, x, norm):
+    if norm == "linf":
+        return np.sign(slope)
+    if norm == "l2":
+        return slope / np.linalg.norm(slope)
+    able = np.where(((slope > 0) & (x < 254.5)) | ((slope < 0) & (x > 0.5)), np.abs(slope), 0).ravel()
+    found = np.zeros(able.size)
+    for index in np.argsort(-able)[: max(1, round(pgd.MOVED * able.size))]:
+        found[index] = np.sign(slope.ravel()[index])
+    return found.reshape(slope.shape) / np.abs(found).sum()
+
+
+def nearest_of_total(delta, most):
+    """The nearest point whose absolute values add up to `most`, by bisection on what is taken off each."""
+    low, high = 0.0, np.abs(delta).max()
+    if np.abs(delta).sum() <= most:
+        return delta
+    for _ in range(80):
+        off = (low + high) / 2
+        low, high = (off, high) if np.maximum(np.abs(delta) - off, 0).sum() > most else (low, off)
+    return np.sign(delta) * np.maximum(np.abs(delta) - high, 0)
 
 
 def loop(norm, steps, start):
@@ -48,6 +71,8 @@ def loop(norm, steps, start):
             delta = x - image
             if norm == "linf":
                 delta = np.clip(delta, -epsilon, epsilon)
+            elif norm == "l1":
+                delta = nearest_of_total(delta, epsilon)
             elif np.linalg.norm(delta) > epsilon:
                 delta = delta * epsilon / np.linalg.norm(delta)
             return np.clip(image + delta, 0, 255)
@@ -55,7 +80,7 @@ def loop(norm, steps, start):
         x = project(image + first)
         for _ in range(steps):
             slope = -2 * (x - peak) * (1 + np.arange(3))
-            x = project(x + step * (np.sign(slope) if norm == "linf" else slope / np.linalg.norm(slope)))
+            x = project(x + step * direction(slope, x, norm))
         found.append(x)
     return np.array(found)
 

@@ -8,7 +8,7 @@ from types import ModuleType
 from bibau_jax.defenses.protocol import Ideal, Informed, Purified
 from bibau_jax.errors import unknown
 
-__all__ = ["Ideal", "Informed", "Purified", "get", "is_ideal", "is_informed", "names"]
+__all__ = ["Ideal", "Informed", "Purified", "chooses", "get", "is_ideal", "is_informed", "names"]
 
 NOT_DEFENSES = {"protocol", "bibau", "pruning", "inversion"}  # bibau is the method, bibau_u and bibau_t are its two modes
 
@@ -33,3 +33,8 @@ def is_ideal(name: str) -> bool:
 def is_informed(name: str) -> bool:
     """Whether it asks for poisoned training images, which most defenders do not have."""
     return "poisoned" in inspect.signature(get(name).purify).parameters
+
+
+def chooses(name: str) -> bool:
+    """Whether it chooses something, as a threshold, by the accuracy on held-out clean images."""
+    return "max_loss" in inspect.signature(get(name).purify).parameters

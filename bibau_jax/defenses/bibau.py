@@ -407,7 +407,7 @@ def purify(
     attack["perturbation"], found = sufficient(clean, variables, key, **given, **attack)
     if found:
         told["perturbation"] = found
-        progress.say(_said(found), show=journal.show)
+        progress.say(_said(found, pgd.norm), show=journal.show)
     fishers = {"refresh": fisher_refresh, "chunk": fisher_chunk, "labels": unlearning_labels, "batch_size": batch_size}
     state, history = train.fit(
         partial(step, classifier=classifier, optimizer=optimizer, weights=weights, padding=padding, flip=flip, **attack),
@@ -427,9 +427,9 @@ def purify(
     return Purified(state.variables, history, samples, told)
 
 
-def _said(found: dict) -> str:
+def _said(found: dict, norm: str) -> str:
     share = f"{100 * found['fooled']:.0f} % of images fool the model as it came"
-    return f"bound on perturbations: {found['epsilon']:,.0f} grey levels in all, within which {share}"
+    return f"bound on perturbations: {found['epsilon']:,.0f} ({norm}), within which {share}"
 
 
 def _first_state(variables, optimizer) -> UnlearningState:

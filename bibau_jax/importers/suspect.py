@@ -125,7 +125,8 @@ def counted(suspect: Suspect, *, given: int, clean: int, held_out: int, measured
     """The same, with how many images there are: given in all, to scan and train with, held out of them, to measure on."""
     warnings = []
     if given < FEW:
-        warnings.append(f"There are only {given} clean images, {clean} of them to scan and train with; take {FEW} or more.")
+        used = "" if clean == given else f", {clean} of them to scan and train with"
+        warnings.append(f"There are only {given} clean images{used}; take {FEW} or more.")
     if measured < FEW:
         warnings.append(f"Models are measured on only {measured} images, so all shares are uncertain (--config.data.test).")
     images = {"given": given, "clean": clean, "held_out": held_out, "measured": measured}
@@ -198,8 +199,12 @@ def said(told: dict) -> list[str]:
     right = f"{100 * told['accuracy_by_normalisation'][scaling]:.1f} % of the clean images right"
     line = f"{told['network']} ({where}), {classes} classes, pixels scaled as {scaling}, {right}"
     left = [f"left out, being no tensors: {', '.join(told['others'][:6])}"] if told["others"] else []
-    images = "images: {clean:,} to scan and train with, {held_out:,} held out; models are measured on {measured:,}"
-    return [line, *([images.format(**told["images"])] if "images" in told else []), *left, *told["warnings"]]
+    return [line, *([_counts(**told["images"])] if "images" in told else []), *left, *told["warnings"]]
+
+
+def _counts(given: int, clean: int, held_out: int, measured: int) -> str:
+    apart = f", {held_out:,} held out" if held_out else ""
+    return f"images: {clean:,} to scan and train with{apart}; models are measured on {measured:,}"
 
 
 def _names(weights, count: int, names: tuple[str, ...]) -> tuple[str, ...]:

@@ -5,14 +5,25 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-NORMS = ("l2", "linf")
+NORMS = ("l2", "linf", "l1")
 TINY = 1e-12
+MOVED = 0.01  # share of an image's values that one step of "l1" moves
 
 
 def ascent_direction(gradient: jax.Array, norm: str) -> jax.Array:
-    """The steepest-ascent step of length 1 in `norm`, per image: the sign for "linf", the normalised gradient for "l2"."""
+    """A step of length 1 in `norm`, per image, along which the objective rises.
+
+    The steepest for "linf" (the sign) and "l2" (the normalised gradient). For "l1" the steepest moves a single value; here the
+    share MOVED of values with the steepest slopes, by the same amount each (Tramer & Boneh, "Adversarial Training and
+    Robustness for Multiple Perturbations", 2019, section 4.1).
+    """
     if norm == "linf":
         return jnp.sign(gradient)
+    if norm == "l1":
+        slopes = jnp.abs(gradient.reshape(len(gradient), -1))
+        least = jax.lax.top_k(slopes, max(1, round(MOVED * slopes.shape[1])))[0][:, -1, None]
+        moved = jnp.sign(gradient) * ((slopes >= least) & (slopes > 0)).reshape(gradient.shape)
+        return moved / jnp.maximum(_total(moved), 1.0)
     return gradient / jnp.maximum(_length(gradient), TINY)
 
 
@@ -20,6 +31,8 @@ def project(perturbation: jax.Array, epsilon: float, norm: str) -> jax.Array:
     """The nearest perturbation [N, H, W, C] whose `norm` is at most `epsilon` (pixels 0..255), per image."""
     if norm == "linf":
         return jnp.clip(perturbation, -epsilon, epsilon)
+    if norm == "l1":
+        return jnp.sign(perturbation) * jnp.maximum(jnp.abs(perturbation) - _excess(perturbation, epsilon), 0.0)
     return perturbation * jnp.minimum(1.0, epsilon / jnp.maximum(_length(perturbation), TINY))
 
 
@@ -39,7 +52,7 @@ def adversarial_images(
     Args:
       gradient: maps x' [N, H, W, C] to the gradient of the *summed* objective, so that no image's step depends on the others.
       images: x, float32 in 0..255; epsilon and step_size are in the same units.
-      norm: "l2" or "linf". The paper gives bound 25 and step 2.0 on this scale; the norm is lost in its text.
+      norm: "l2", "linf" or "l1". The paper gives bound 25 and step 2.0 on this scale; the norm is lost in its text.
       start: first perturbation, e.g. a random one; zero where None. It is projected first.
       unroll: how many steps of the scan to lay out; all of them on the CPU, where rolled convolution gradients are slow.
     """
@@ -49,7 +62,11 @@ def adversarial_images(
         return jnp.clip(images + project(perturbation, epsilon, norm), 0.0, 255.0) - images
 
     def step(perturbation, _):
-        return keep(perturbation + step_size * ascent_direction(gradient(images + perturbation), norm)), None
+        at = images + perturbation
+        slope = gradient(at)
+        if norm == "l1":  # the few values that a step moves shall be such as can move
+            slope = jnp.where(jnp.where(slope > 0, at < 254.5, at > 0.5), slope, 0.0)
+        return keep(perturbation + step_size * ascent_direction(slope, norm)), None
 
     first = jnp.zeros_like(images) if start is None else keep(start)
     if steps == 0:
@@ -60,13 +77,28 @@ def adversarial_images(
 
 
 def random_start(key: jax.Array, shape, *, norm: str, epsilon: float) -> jax.Array:
-    """A random perturbation: uniform in the cube of "linf", uniform direction and radius in the ball of "l2"."""
+    """A random perturbation: uniform in the cube of "linf", uniform direction and radius in the balls of "l2" and "l1"."""
     if norm == "linf":
         return jax.random.uniform(key, shape, minval=-epsilon, maxval=epsilon)
     direction, radius = jax.random.split(key)
-    noise = jax.random.normal(direction, shape)
-    return epsilon * noise / _length(noise) * jax.random.uniform(radius, (shape[0], 1, 1, 1))
+    noise = (jax.random.laplace if norm == "l1" else jax.random.normal)(direction, shape)
+    length = _total(noise) if norm == "l1" else _length(noise)
+    return epsilon * noise / length * jax.random.uniform(radius, (shape[0], 1, 1, 1))
 
 
 def _length(images: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.sum(images**2, axis=(1, 2, 3), keepdims=True))
+
+
+def _total(images: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.abs(images), axis=(1, 2, 3), keepdims=True)
+
+
+def _excess(perturbation: jax.Array, epsilon: float) -> jax.Array:
+    """What every value must come nearer to zero by for the nearest point of the L1 ball (Duchi et al., ICML 2008, figure 1)."""
+    sizes = jnp.sort(jnp.abs(perturbation.reshape(len(perturbation), -1)), -1, descending=True)
+    counts = jnp.arange(1, sizes.shape[1] + 1)
+    by_count = (jnp.cumsum(sizes, -1) - epsilon) / counts
+    kept = jnp.sum(sizes > by_count, -1, keepdims=True)
+    found = jnp.take_along_axis(by_count, jnp.maximum(kept - 1, 0), -1)
+    return jnp.maximum(found, 0.0)[:, :, None, None]

@@ -13,7 +13,7 @@ FISHER_REFRESH = ("never", "epoch")
 
 
 class Perturbation(NamedTuple):
-    """How adversarial images are sought: norm "l2" or "linf", bound and step on the 0..255 scale, number of steps.
+    """How adversarial images are sought: norm "l2", "linf" or "l1", bound and step on the 0..255 scale, number of steps.
 
     `start` is "zero" or "random". The paper states 20 steps of 2.0 within 25.0; its norm is lost, and "l2" is our reading.
     `fooled` above 0 is the share of clean images, 0..1, that must fool the suspicious model within the bound: bound and step
