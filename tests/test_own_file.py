@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from bibau_jax import experiment, train
+from bibau_jax.data import ImageSet
 from bibau_jax.errors import UserError
-from bibau_jax.importers import rules, torch_file
+from bibau_jax.importers import export, rules, suspect, torch_file
 from bibau_jax.models import own_file
 
 ROOT = Path(__file__).parents[1]
@@ -87,6 +88,21 @@ def test_the_example_flattens_as_pytorch_does():
     last = np.where(last > 0, last, np.expm1(np.minimum(last, 0)))
     flat = last.reshape(2, 128, 4, 2, 4, 2).max((3, 5)).reshape(2, -1)
     np.testing.assert_allclose(outputs.logits, flat @ arrays["classifier.weight"].T + arrays["classifier.bias"], rtol=1e-3)
+
+
+def test_its_keys_are_found_behind_what_they_all_begin_with_and_given_back_so(written, tmp_path):
+    rng = np.random.default_rng(0)
+    images, weight = rng.integers(0, 256, (40, 4, 4, 1)).astype(np.uint8), rng.normal(0, 1, (2, 16)).astype(np.float32)
+    weight -= weight.mean(1, keepdims=True)  # so that neither class is the brighter one
+    labels = np.argmax(images.reshape(40, -1) @ weight.T, 1).astype(np.int32)
+    export.write(tmp_path / "wrapped.pth", {"model.net.fc.weight": weight, "model.net.fc.bias": np.zeros(2, np.float32)})
+    clean = ImageSet(images, labels, np.arange(40, dtype=np.int32))
+    found = suspect.bring(tmp_path / "wrapped.pth", clean, file=written(TINY), normalisation="0..1")
+    assert found.told["prefix"] == "model.net." and set(found.arrays) == {"fc.weight", "fc.bias"}
+    assert found.told["accuracy_by_normalisation"] == {"0..1": 1.0}
+    export.write(tmp_path / "other.pth", {"model.net.fc.weight": weight, "model.head.bias": np.zeros(2, np.float32)})
+    with pytest.raises(UserError, match="other.pth: .*model.net.fc.weight"):
+        suspect.bring(tmp_path / "other.pth", clean, file=written(TINY), normalisation="0..1")
 
 
 def test_the_example_is_described_truly():

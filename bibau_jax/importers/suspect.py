@@ -78,10 +78,10 @@ def bring(
     UserError in one line for a file that cannot be read, a network that does not fit it, another number of classes, classes
     without images, and weights that classify these images hardly better than guessing.
     """
-    weights = Path(weights).expanduser()
+    weights, classes = Path(weights).expanduser(), len(class_names) or int(images.labels.max()) + 1
     checkpoint = torch_file.read(weights, container or None)
     try:
-        network, checkpoint = _network(checkpoint, name, file, len(class_names))
+        network, checkpoint = _network(checkpoint, name, file, classes)
     except UserError as error:
         raise UserError(f"{weights}: {error}") from None
     shape = images.images.shape[1:]
@@ -92,7 +92,7 @@ def bring(
 
     first = build(next(iter(candidates.values())))
     names = _names(weights, first.num_classes, class_names)
-    imported = _imported(weights, checkpoint.arrays, network, first, len(class_names))
+    imported, checkpoint = _imported(weights, checkpoint, network, first, classes)
     _refuse_missing(images.labels, names)
     some = images.take(splits.class_balanced(images.labels, min(len(images), max(TRIED_ON, len(names)))))
     logits = {name: train.logits(build(scaling), imported.variables, some.images) for name, scaling in candidates.items()}
@@ -160,11 +160,16 @@ def _network(checkpoint: torch_file.Checkpoint, name: str, file: str, num_classe
     return _Network(given, found.table, found.name), checkpoint
 
 
-def _imported(weights, arrays, network: _Network, classifier: Classifier, classes: int) -> rules.Imported:
+def _imported(weights, checkpoint: torch_file.Checkpoint, network: _Network, classifier: Classifier, classes: int):
+    """(the `rules.Imported`, the checkpoint that it is of): without what all keys begin with, where they fit only so."""
     like = jax.eval_shape(classifier.init, jax.random.key(0))
     try:
-        return rules.to_variables(arrays, network.table, like)
+        return rules.to_variables(checkpoint.arrays, network.table, like), checkpoint
     except UserError as error:
+        inner = torch_file.without_common_prefix(checkpoint)
+        with contextlib.suppress(UserError):
+            if inner is not None:
+                return _imported(weights, inner, network, classifier, classes)
         raise UserError(f"{weights}: {error}; the clean images are of {classes} classes") from None
 
 
