@@ -39,16 +39,16 @@ def length(perturbation, norm):
     return {"linf": flat.max(1), "l2": np.sqrt((flat**2).sum(1)), "l1": flat.sum(1)}[norm]
 
 
-def direction(slope, x, norm):
+def by(slope, x, norm, size):
     if norm == "linf":
-        return np.sign(slope)
+        return size * np.sign(slope)
     if norm == "l2":
-        return slope / np.linalg.norm(slope)
+        return size * slope / np.linalg.norm(slope)
     able = np.where(((slope > 0) & (x < 254.5)) | ((slope < 0) & (x > 0.5)), np.abs(slope), 0).ravel()
     found = np.zeros(able.size)
-    for index in np.argsort(-able)[: max(1, round(pgd.MOVED * able.size))]:
+    for index in np.argsort(-able)[: max(round(pgd.MOVED * able.size), int(np.ceil(size / pgd.FARTHEST)))]:
         found[index] = np.sign(slope.ravel()[index])
-    return found.reshape(slope.shape) / np.abs(found).sum()
+    return size * found.reshape(slope.shape) / np.abs(found).sum()
 
 
 def nearest_of_total(delta, most):
@@ -80,7 +80,7 @@ def loop(norm, steps, start):
         x = project(image + first)
         for _ in range(steps):
             slope = -2 * (x - peak) * (1 + np.arange(3))
-            x = project(x + step * direction(slope, x, norm))
+            x = project(x + by(slope, x, norm, step))
         found.append(x)
     return np.array(found)
 
@@ -158,7 +158,16 @@ def test_an_image_without_a_gradient_stays_as_it_is(norm):
     np.testing.assert_array_equal(attack(norm, fn=jnp.zeros_like), IMAGES)
 
 
-@NORMS
-def test_a_step_has_length_one_in_its_norm(norm):
+@pytest.mark.parametrize(("size", "count"), [(60.0, 2), (128.0, 2), (129.0, 3), (640.0, 10), (1e6, 240)])
+def test_a_step_in_l1_moves_few_values_as_far_as_they_may_and_then_more(size, count):
     slopes = RNG.normal(0, 1e-4, IMAGES.shape).astype(np.float32)
-    np.testing.assert_allclose(length(np.asarray(pgd.ascent_direction(slopes, norm)), norm), 1.0, rtol=1e-5)
+    for slope, step in zip(slopes, np.asarray(pgd.ascent_step(slopes, "l1", size)), strict=True):
+        steepest = np.argsort(-np.abs(slope), axis=None)[:count]
+        assert set(np.flatnonzero(step)) == set(steepest)
+        np.testing.assert_allclose(step.flat[steepest], np.sign(slope.flat[steepest]) * size / count, rtol=1e-5)
+
+
+@NORMS
+def test_a_step_has_its_length_in_its_norm(norm):
+    slopes = RNG.normal(0, 1e-4, IMAGES.shape).astype(np.float32)
+    np.testing.assert_allclose(length(np.asarray(pgd.ascent_step(slopes, norm, 5.0)), norm), 5.0, rtol=1e-5)

@@ -102,7 +102,7 @@ def balanced_gradient(
     (attack,) = pull(of_logits(suspicious))
     towards, given = heading(suspicious, labels, target), {"classifier": classifier, "weights": weights}
     current = jax.grad(lambda x: keeping(x, towards, clean, labels, variables, **given)[0].sum())(adversarial)
-    return pgd.ascent_direction(attack, "l2") + weights.balance * pgd.ascent_direction(current, "l2")
+    return pgd.ascent_step(attack, "l2", 1.0) + weights.balance * pgd.ascent_step(current, "l2", 1.0)
 
 
 def clean_references(images, variables, backdoored, *, classifier: Classifier, weights: Weights):

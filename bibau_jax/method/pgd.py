@@ -7,24 +7,27 @@ import jax.numpy as jnp
 
 NORMS = ("l2", "linf", "l1")
 TINY = 1e-12
-MOVED = 0.01  # share of an image's values that one step of "l1" moves
+MOVED = 0.01  # share of an image's values that one step of "l1" moves at least
+FARTHEST = 64.0  # grey levels that it moves a value at most, as long as others can move
 
 
-def ascent_direction(gradient: jax.Array, norm: str) -> jax.Array:
-    """A step of length 1 in `norm`, per image, along which the objective rises.
+def ascent_step(gradient: jax.Array, norm: str, size: float) -> jax.Array:
+    """A step of length `size` in `norm`, per image, along which the objective rises.
 
-    The steepest for "linf" (the sign) and "l2" (the normalised gradient). For "l1" the steepest moves a single value; here the
-    share MOVED of values with the steepest slopes, by the same amount each (Tramer & Boneh, "Adversarial Training and
-    Robustness for Multiple Perturbations", 2019, section 4.1).
+    The steepest for "linf" (the sign) and "l2" (the normalised gradient). For "l1" the steepest moves one value; here those
+    with the steepest slopes move by the same amount each, the share MOVED of them (Tramer & Boneh, "Adversarial Training and
+    Robustness for Multiple Perturbations", 2019, section 4.1), or as many more as let none move farther than FARTHEST.
     """
     if norm == "linf":
-        return jnp.sign(gradient)
-    if norm == "l1":
-        slopes = jnp.abs(gradient.reshape(len(gradient), -1))
-        least = jax.lax.top_k(slopes, max(1, round(MOVED * slopes.shape[1])))[0][:, -1, None]
-        moved = jnp.sign(gradient) * ((slopes >= least) & (slopes > 0)).reshape(gradient.shape)
-        return moved / jnp.maximum(_total(moved), 1.0)
-    return gradient / jnp.maximum(_length(gradient), TINY)
+        return size * jnp.sign(gradient)
+    if norm == "l2":
+        return size * gradient / jnp.maximum(_length(gradient), TINY)
+    slopes = jnp.abs(gradient.reshape(len(gradient), -1))
+    values = slopes.shape[1]
+    count = jnp.clip(jnp.ceil(size / FARTHEST), max(1, round(MOVED * values)), values).astype(int)
+    least = jnp.take(jnp.sort(slopes, -1, descending=True), count - 1, axis=-1)[:, None]
+    moved = jnp.sign(gradient) * ((slopes >= least) & (slopes > 0)).reshape(gradient.shape)
+    return size * moved / jnp.maximum(_total(moved), 1.0)
 
 
 def project(perturbation: jax.Array, epsilon: float, norm: str) -> jax.Array:
@@ -66,7 +69,7 @@ def adversarial_images(
         slope = gradient(at)
         if norm == "l1":  # the few values that a step moves shall be such as can move
             slope = jnp.where(jnp.where(slope > 0, at < 254.5, at > 0.5), slope, 0.0)
-        return keep(perturbation + step_size * ascent_direction(slope, norm)), None
+        return keep(perturbation + ascent_step(slope, norm, step_size)), None
 
     first = jnp.zeros_like(images) if start is None else keep(start)
     if steps == 0:
