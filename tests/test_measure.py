@@ -1,7 +1,9 @@
 """The theory measured on a finished run: what is told of it, and that purifications are run again as they were."""
 
+import json
 import shutil
 
+import numpy as np
 import pytest
 
 from bibau_jax import experiment, records
@@ -21,7 +23,7 @@ def test_a_run_of_an_earlier_version_gets_the_settings_that_it_lacks():
 def test_a_defence_without_epochs_has_no_states_on_its_way(tiny_config, tmp_path):
     this = Run(tiny_config(), tmp_path)
     with pytest.raises(UserError, match="clp is not trained by epochs of batches"):
-        measure.purification(this, "clp", None, tmp_path / "states")
+        measure.check(this, ["ft", "clp"], tmp_path / "states", images=4, tangents=2)
 
 
 @pytest.mark.slow
@@ -52,10 +54,38 @@ def test_a_finished_run_is_measured_and_only_read(tiny_config, tmp_path):
 
 
 def test_a_folder_that_holds_no_run_is_told_in_one_line(tmp_path, capsys):
-    for flags, words in (([], "cannot be read as a run's config"), (["--defaults=no.py"], "there is no no.py: run this in")):
+    for flags, words in (
+        ([], "cannot be read as a run's config"),
+        (["--defaults=no.py"], "there is no no.py: run this in"),
+        (["--defaults=README.md"], "README.md is no config: SyntaxError"),
+    ):
         with pytest.raises(SystemExit):
             measure.main([str(tmp_path), f"--out={tmp_path / 'out'}", *flags])
         assert words in capsys.readouterr().err
+
+
+def test_no_record_takes_the_place_of_another_runs(tmp_path, capsys):
+    for number in (0, 1):
+        folder = tmp_path / str(number) / "badnets_0"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({"seed": number}))
+    one, other = (str(tmp_path / str(number) / "badnets_0") for number in (0, 1))
+    records.write_study(tmp_path / "out" / "badnets_0.json", "unlearning", "", {}, {"seed": 0})
+    (tmp_path / "file").write_text("")
+    for given, words in (
+        ([one, other, f"--out={tmp_path / 'new'}"], "two runs are called badnets_0"),
+        ([other, f"--out={tmp_path / 'out'}"], "badnets_0.json is of another run (seed 0, not 1)"),
+        ([one, f"--out={tmp_path / 'file'}"], "is not a folder"),
+        ([one, f"--out={tmp_path / 'new'}", f"--states={tmp_path / 'file'}"], "is not a folder"),
+    ):
+        with pytest.raises(SystemExit):
+            measure.main(given)
+        assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_model_that_did_not_move_has_no_share_of_its_movement():
+    assert measure._share(np.zeros(3), np.zeros(3)) is None
+    assert measure._share(np.array([3.0, 4.0]), np.array([0.0, 10.0])) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -63,6 +93,7 @@ def test_a_folder_that_holds_no_run_is_told_in_one_line(tmp_path, capsys):
     [
         (["ft"], {"tangents": 0}, "--tangents=0 must be at least 1"),
         (["ft"], {"images": 0}, "--images=0 must be at least 1"),
+        (["ft"], {"tangents": 10_000}, "--tangents=10000 needs 40000 test images, there are "),
         (["foo"], {}, 'unknown defence "foo"'),
         (["ft"], {}, "has no model of ft; leave it out of --defenses, or give --states"),
     ],

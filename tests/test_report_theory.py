@@ -92,11 +92,22 @@ def test_gaps_of_older_records_which_counted_statistics_are_left_out(runs):
 
 def test_the_verdict_counts_who_is_closer_to_what_is_asked(runs):
     told = unlearning.verdict(runs)
-    assert "BI-BAU (U) ends 45.0 ± 7.1° off, Fine-tuning 75.0 ± 7.1° off; nearer in 2 of 2 runs" in told
-    assert "on average nearer by 30.0 ± 0.0°" in told
-    assert "BI-BAU (U) ends 15.0 ± 7.1° off, Fine-tuning 16.0 ± 19.8° off; nearer in 1 of 2 runs" in told
-    assert "on average farther by 30.0 ± 0.0°" in unlearning.verdict(runs, "ft", "bibau_u")
+    assert "BI-BAU (U) ends nearer than Fine-tuning in 2 of 2 runs. So far off end the one and the other: BadNets 45.0 " in told
+    assert "BadNets 45.0 ± 7.1° and 75.0 ± 7.1°." in told and "BadNets 15.0 ± 7.1° and 16.0 ± 19.8°." in told
+    assert "Fine-tuning ends nearer than BI-BAU (U) in 0 of 2 runs." in unlearning.verdict(runs, "ft", "bibau_u")
+    other = run_of(0, ft=(100.0, 90.0), bibau_u=(90.0, 90.0)) | {"attack": "sig"}
+    told = unlearning.verdict([*runs, other])
+    assert "in 2 of 3 runs" in told and "75.0 ± 7.1°; SIG 90.0° and 80.0°." in told
     assert unlearning.verdict(runs, other="base_at") == "No run has both BI-BAU (U) and Base AT."
+
+
+def test_a_defence_that_changed_nothing_has_a_line_without_what_it_has_not(runs):
+    for run in runs:
+        drifts = run["defenses"]["ft"]["completeness"]["triggered"] | {"linear_gap": None, "by_statistics": None, "layers": {}}
+        run["defenses"]["ft"]["completeness"] = {"clean": drifts | {"implanted": 2.0}, "triggered": drifts}
+    told = unlearning.tables(runs)
+    assert "| BadNets | Fine-tuning | 0.25 ± 0.00 | 0.50 ± 0.00 | 0.90 ± 0.00 | – | – | 0.75" in told
+    assert "| BadNets | Fine-tuning | – | – | – | – | – | – | 2 |" in told
 
 
 def test_the_command_writes_tables_and_a_picture(runs, tmp_path):

@@ -24,12 +24,12 @@ HEADS = {
 }
 NOTES = {
     "tasks": "Gradient angle: of the kernels' gradients on clean and on triggered test images, signed and of the magnitudes. "
-    "Installed: the angle of θ_b − θ_clean, the way that the backdoor really came, to the gradient direction of learning it. "
+    "Installed: the angle of θ_b − θ_clean, the difference of two trained models, to the gradient direction of learning it. "
     "Tangent overlap: the share of clean images' squared gradients that lies in the tangent space of other images, percent: "
     "triggered ones, the same ones with the trigger, other clean ones (the ceiling), images with shuffled pixels (the floor); "
     "and triggered ones at the clean twin. Frobenius: |O|² over the rank, triggered (ceiling, floor).",
-    "angles": "Asked: 180 to learning the backdoor, 90 to learning the clean task. Below 90 to the clean task helps it. CA and "
-    "ASR are over the images that the run's re-activation is counted on.",
+    "angles": "Asked: 180 to learning the backdoor and to θ_b − θ_clean, 90 to learning the clean task. Below 90 to the clean task "
+    "helps it. CA and ASR are over the images that the run's re-activation is counted on.",
     "modules": "The same angle to learning the backdoor, module by module.",
     "layers": "Share of the backdoored model's squared distance from the clean twin that is left, of the features behind the "
     "first and the last convolution and one halfway; 1 is as before. On clean images that distance is small to begin with.",
@@ -53,9 +53,9 @@ def collect(folder: Path) -> list[dict]:
     return sorted(found, key=lambda run: (words.order(words.ATTACKS, run["attack"]), run["seed"]))
 
 
-def spread(values: Iterable[float], digits: int = 1) -> str:
-    """Mean and sample standard deviation, `12.3 ± 0.4`; without the latter where there is one value."""
-    values = list(values)
+def spread(values: Iterable[float | None], digits: int = 1) -> str:
+    """Mean and sample standard deviation, `12.3 ± 0.4`; without the latter where there is one value. None is left out."""
+    values = [value for value in values if value is not None]
     if not values:
         return words.NOTHING
     deviation = f" ± {words.number(statistics.stdev(values), digits)}" if len(values) > 1 else ""
@@ -138,7 +138,7 @@ def _layers(runs: list[dict]) -> str:
     def cells(told):
         layers = [[list(one["completeness"][kind]["layers"].values()) for one in told] for kind in ("triggered", "clean")]
         places = (lambda size: 0, lambda size: size // 2, lambda size: size - 1)
-        return [spread((one[place(len(one))]["share"] for one in kind), 2) for kind in layers for place in places]
+        return [spread((one[place(len(one))]["share"] for one in kind if one), 2) for kind in layers for place in places]
 
     heads = [f"{kind}: {place}" for kind in ("Triggered", "Clean") for place in ("first", "halfway", "last")]
     return _rows(runs, heads, cells)
@@ -172,19 +172,24 @@ def _images(runs: list[dict]) -> str:
 
 def verdict(runs: list[dict], row: str = "bibau_u", other: str = "ft") -> str:
     """Whether a defence meets Proposition 4.2's two conditions better than another, over all runs that have both; in words."""
-    pairs = [(run["defenses"][row], run["defenses"][other]) for run in runs if {row, other} <= run["defenses"].keys()]
+    groups = {
+        attack: [(run["defenses"][row], run["defenses"][other]) for run in group if {row, other} <= run["defenses"].keys()]
+        for attack, group in _groups(runs).items()
+    }
+    pairs = {attack: group for attack, group in groups.items() if group}
     if not pairs:
         return f"No run has both {words.defense(row)} and {words.defense(other)}."
     lines = []
     for name, what in (("to_backdoor", "antagonistic to the backdoor"), ("to_clean", "orthogonal to the clean task")):
-        off = [[abs(one["trajectory"][f"whole_{name}"][-1] - ASKED[name]) for one in pair] for pair in pairs]
-        closer = sum(mine < theirs for mine, theirs in off)
-        gains = [theirs - mine for mine, theirs in off]
-        sign, nearer = (1, "nearer") if statistics.mean(gains) > 0 else (-1, "farther")
-        mine, theirs, gain = (spread(each) for each in (*zip(*off, strict=True), [sign * gain for gain in gains]))
-        ends = f"{words.defense(row)} ends {mine}° off, {words.defense(other)} {theirs}° off"
-        counted = f"nearer in {closer} of {len(pairs)} runs, on average {nearer} by {gain}°"
-        lines.append(f"- **{what}** (asked: {ASKED[name]:.0f}°): {ends}; {counted}.")
+        told, nearer = [], []
+        for attack, group in pairs.items():
+            off = [[abs(one["trajectory"][f"whole_{name}"][-1] - ASKED[name]) for one in pair] for pair in group]
+            nearer += [mine < theirs for mine, theirs in off]
+            told.append(f"{words.attack(attack)} " + " and ".join(f"{spread(each)}°" for each in zip(*off, strict=True)))
+        lines.append(
+            f"- **{what}** (asked: {ASKED[name]:.0f}°): {words.defense(row)} ends nearer than {words.defense(other)} in "
+            f"{sum(nearer)} of {len(nearer)} runs. So far off end the one and the other: {'; '.join(told)}."
+        )
     return "\n".join(lines) + "\n"
 
 

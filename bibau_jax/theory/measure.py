@@ -9,6 +9,8 @@ written for each.
 """
 
 import argparse
+import hashlib
+import json
 import runpy
 import shlex
 import sys
@@ -29,6 +31,7 @@ from bibau_jax.theory import complete_unlearning, linearize, ntk, orthogonality,
 from bibau_jax.workdir import read_config
 
 EVERY = 3  # states kept in an epoch
+APART = 1e-3  # of the parameters' length: what a purification that is run again may end away from the run's own
 LAMBDAS = ("lambda_kd", "lambda_prior", "lambda_ewc", "lambda_iewc")
 CONSTANTS = ("alpha", "temperature", "eta", "prior_form", "iewc_cap", "iewc_form", "attack_form", "balance")
 
@@ -54,18 +57,28 @@ def of_run(this: Run, rows: list[str], states: Path | None, *, images: int, tang
         progress.say(f"{this.folder.name}: tangents of {name}", show=parallel.is_lead())
         found["tangent_overlap"][name] = tangent_overlaps(scene, name, tangents)
         found["models"][name] = _rates(scene, scene.models[name])
-    place, tasks = states and states / this.folder.name, (clean, triggered, towards)
-    found["defenses"] = {row: of_defense(scene, row, place and place / row, *tasks) for row in rows}
+    tasks = (clean, triggered, towards)
+    found["defenses"] = {row: of_defense(scene, row, states and states_of(scene, row, states), *tasks) for row in rows}
     return found
 
 
+def states_of(scene: Scene, row: str, states: Path) -> Path:
+    """The folder under `states` for a defence's states: another model or other settings under the same name have another."""
+    told = json.dumps([scene.digests["none"], scene.this.options(row)], sort_keys=True, default=str)
+    return states / scene.this.folder.name / f"{row}-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+
+
 def check(this: Run, rows: list[str], states: Path | None, *, images: int, tangents: int) -> None:
-    """Raises `UserError` on sizes below 1, a row that is no defence, and a model that a run does not have."""
+    """Raises `UserError` on sizes that cannot be had, a row that cannot be measured, and a model that a run does not have."""
     for name, value in (("images", images), ("tangents", tangents)):
         if value < 1:
             raise UserError(f"--{name}={value} must be at least 1")
+    if 4 * tangents > len(this.measured):
+        raise UserError(f"--tangents={tangents} needs {4 * tangents} test images, there are {len(this.measured)}")
     for row in rows:
         defenses.get(row)
+        if states and not {"epochs", "batch_size"} <= this.options(row).keys():
+            raise UserError(f"{row} is not trained by epochs of batches: no states can be kept on its way")
         if not states and not (this.folder / "purify" / row / "model").exists():
             raise UserError(
                 f"{this.folder} has no model of {row}; leave it out of --defenses, or give --states to run it again"
@@ -126,6 +139,9 @@ def of_defense(scene: Scene, row: str, place: Path | None, clean: ImageSet, trig
     three = complete_unlearning.Models(models["clean"], models["none"], last)
     movement = trajectory.difference(models["none"]["params"], last["params"])
     found = _rates(scene, last) | {"apart_from_run": _apart(this, row, last) if place else None}
+    if (found["apart_from_run"] or 0) > APART:
+        ended = f"run again it ended {100 * found['apart_from_run']:.1f} % of its parameters' length from the run's own model"
+        progress.say(f"{this.folder.name}: {row}: {ended}; what is told is of the new one", show=parallel.is_lead())
     found["trajectory"] = {
         "step": [step for step, _ in states],
         "length": [point.length for point in points],
@@ -153,8 +169,6 @@ def its_own(this: Run, row: str) -> tuple[list, dict]:
 def purification(this: Run, row: str, variables, place: Path) -> tuple[list, dict]:
     """([(step, parameters)] in order, the last one included, and the purified variables) of a defence that is run again."""
     options = this.options(row)
-    if not {"epochs", "batch_size"} <= options.keys():
-        raise UserError(f"{row} is not trained by epochs of batches: no states can be kept on its way")
     size = len(this.splits.clean)
     steps = max(1, size // min(options["batch_size"], size))
     # States at the ends of epochs are not kept by a training that goes step by step.
@@ -181,18 +195,24 @@ def _completeness(this: Run, models: complete_unlearning.Models, images: np.ndar
     """Eq. 8-10 in total and by layer, and how far the purified parameters lead from the backdoored model's linearisation.
 
     `linear_gap` is |f_lin - f| over |f - f_b| at the backdoored model's running statistics, `by_statistics` how much of
-    |f_u - f_b| the purified model's own statistics make up.
+    |f_u - f_b| the purified model's own statistics make up; None where nothing moved.
     """
-    logits = [train.logits(this.classifier, each, images) for each in models]
+    classifier = this.classifier.in_float32()  # as the linearisation is
+    logits = [train.logits(classifier, each, images) for each in models]
     found = complete_unlearning.completeness(*logits)._asdict()
     # The linearisation is of the parameters alone, so that it is held against the purified ones under the old statistics.
     purified = models.purified["params"]
-    linear = linearize.outputs(this.classifier, models.backdoored, purified, images)
-    unmoved = train.logits(this.classifier, models.backdoored | {"params": purified}, images)
-    found["linear_gap"] = float(np.linalg.norm(linear - unmoved) / np.linalg.norm(unmoved - logits[1]))
-    found["by_statistics"] = float(np.linalg.norm(logits[2] - unmoved) / np.linalg.norm(logits[2] - logits[1]))
-    found["layers"] = complete_unlearning.by_layer(this.classifier, models, images)
+    linear = linearize.outputs(classifier, models.backdoored, purified, images)
+    unmoved = train.logits(classifier, models.backdoored | {"params": purified}, images)
+    found["linear_gap"] = _share(linear - unmoved, unmoved - logits[1])
+    found["by_statistics"] = _share(logits[2] - unmoved, logits[2] - logits[1])
+    found["layers"] = complete_unlearning.by_layer(classifier, models, images)
     return found
+
+
+def _share(part: np.ndarray, whole: np.ndarray) -> float | None:
+    size = np.linalg.norm(whole)
+    return float(np.linalg.norm(part) / size) if size else None
 
 
 def adversarial(scene: Scene, row: str, last, count: int) -> dict[str, dict[str, float]]:
@@ -221,6 +241,30 @@ def adversarial(scene: Scene, row: str, last, count: int) -> dict[str, dict[str,
     return found
 
 
+def _defaults(path: Path) -> dict:
+    if not path.is_file():
+        raise UserError(f"there is no {path}: run this in the repository's root, or name the file by --defaults")
+    try:
+        return runpy.run_path(str(path))["get_config"]().to_dict()
+    except Exception as error:  # anything can go wrong in a file of the user's
+        raise UserError(f"{path} is no config: {type(error).__name__}: {error}") from error
+
+
+def _refuse_lost(out: Path, states: Path | None, folders: list[Path]) -> None:
+    """Raises `UserError` where results could not be written, or one run's would take the place of another's."""
+    for name, place in (("out", out), ("states", states)):
+        if place and place.exists() and not place.is_dir():
+            raise UserError(f"--{name}={place} is not a folder")
+    names = [folder.absolute().name for folder in folders]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"two runs are called {twice[0]}, and so would their records be; measure them into two folders")
+    for folder, name in zip(folders, names, strict=True):
+        if (path := out / f"{name}.json").exists():
+            seed, before = read_config(folder).get("seed"), records.read_study(path).found
+            if before.get("seed") != seed:
+                raise UserError(f"{path} is of another run (seed {before.get('seed')}, not {seed}); choose another --out")
+
+
 def main(arguments=None) -> None:
     """The command line."""
     from bibau_jax.cli import fail
@@ -239,10 +283,9 @@ def main(arguments=None) -> None:
     sizes = {"images": given.images, "tangents": given.tangents}
     parallel.keep_compiled()
     try:
-        if not given.defaults.is_file():
-            raise UserError(f"there is no {given.defaults}: run this in the repository's root, or name the file by --defaults")
-        defaults = runpy.run_path(str(given.defaults))["get_config"]().to_dict()
+        defaults = _defaults(given.defaults)
         configs = {folder: completed(read_config(folder), defaults) for folder in given.runs}
+        _refuse_lost(given.out, given.states, list(configs))
         parallel.use_cores(*(size for config in configs.values() for size in batch_sizes(config)))
         runs, states = [Run(config, folder.absolute()) for folder, config in configs.items()], given.states
         for run in runs:
