@@ -51,7 +51,7 @@ def check(run: Run, wanted: list[str]) -> None:
         name = config["defense"]["name"]
         raise UserError(f"defense.name={name} sees the trigger and is no defence; it goes to defense.beside")
     for section in ("implant", "defense"):
-        _training(section, config[section])
+        training(section, config[section])
     if config["checkpoint_every"] < 1 or config["data"]["padding"] < 0:
         raise UserError("checkpoint_every must be at least 1, data.padding at least 0")
     if config["measured_on"] not in ("test", "validation"):
@@ -136,7 +136,7 @@ def _numbers(config: dict) -> None:
         raise UserError(f"seed {config['seed']} is outside 0..{2**31 - 1}")
 
 
-def _training(name: str, section: dict) -> None:
+def training(name: str, section: dict) -> None:
     """What every training needs, whatever it trains."""
     parallel.check_batch(section["batch_size"], f"{name}.batch_size")
     if section["epochs"] < 1 or section["batch_size"] < 1:

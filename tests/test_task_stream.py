@@ -1,5 +1,6 @@
 """The three orders of learning: who sees what when, and one whole small experiment that goes on where it was cut off."""
 
+import dataclasses
 import importlib
 import json
 
@@ -64,6 +65,35 @@ def test_a_first_phase_as_long_as_everything_is_refused(told):
 def test_shares_outside_their_range_are_refused(told, changes, words):
     with pytest.raises(UserError, match=words):
         task_stream.phases(keys.root(1), told[0], **(SHARES | changes))
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.001, 1), (0.5, 20)])
+def test_a_share_is_one_image_at_least_and_none_only_at_0(told, share, count):
+    _, last = task_stream.phases(keys.root(1), told[0], **(SHARES | {"poison_share": share}))["backdoor_first"]
+    assert told[0].poisoned[last.images.ids].sum() == count
+
+
+def test_a_set_without_poison_is_refused(told):
+    innocent = dataclasses.replace(told[0], poisoned=np.zeros_like(told[0].poisoned))
+    with pytest.raises(UserError, match="no image is poisoned, so there is no backdoor to learn"):
+        task_stream.phases(keys.root(1), innocent, **SHARES)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"batch_size": 0}, "stream.epochs and stream.batch_size must be at least 1"),
+        ({"learning_rate": -1.0}, "stream.learning_rate must be positive"),
+        ({"momentum": 1.0}, "stream.momentum must lie in 0..1"),
+        ({"schedule": "foo"}, 'learning rate schedule "foo" is unknown; choose one of cosine'),
+        ({"clean_share": 2.0}, "stream.clean_share=2.0 must lie in 0..1"),
+    ],
+)
+def test_a_mistake_costs_no_folder(config, changes, words, tmp_path):
+    config["stream"] |= changes
+    with pytest.raises(UserError, match=words):
+        task_stream.run(config, str(tmp_path / "stream"))
+    assert not (tmp_path / "stream").exists()
 
 
 def test_a_config_of_something_else_is_refused(tiny_config, tmp_path):

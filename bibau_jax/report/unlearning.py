@@ -28,8 +28,8 @@ NOTES = {
     "Tangent overlap: the share of clean images' squared gradients that lies in the tangent space of other images, percent: "
     "triggered ones, the same ones with the trigger, other clean ones (the ceiling), images with shuffled pixels (the floor); "
     "and triggered ones at the clean twin. Frobenius: |O|² over the rank, triggered (ceiling, floor).",
-    "angles": "Asked: 180 to learning the backdoor and to θ_b − θ_clean, 90 to learning the clean task. Below 90 to the clean task "
-    "helps it. CA and ASR are over the images that the run's re-activation is counted on.",
+    "angles": "Asked: 180 to learning the backdoor and to θ_b − θ_clean, 90 to learning the clean task. Below 90 to it "
+    "helps the clean task. CA and ASR are over the images that the run's re-activation is counted on.",
     "modules": "The same angle to learning the backdoor, module by module.",
     "layers": "Share of the backdoored model's squared distance from the clean twin that is left, of the features behind the "
     "first and the last convolution and one halfway; 1 is as before. On clean images that distance is small to begin with.",

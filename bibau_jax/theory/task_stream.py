@@ -18,12 +18,14 @@ import jax
 import numpy as np
 from absl import app, logging
 
-from bibau_jax import attacks, cli, keys, parallel, records, train, workdir
+from bibau_jax import attacks, cli, keys, parallel, preflight, records, train, workdir
 from bibau_jax.data import ImageSet
 from bibau_jax.errors import UserError
 from bibau_jax.metrics import rates
 from bibau_jax.models import Classifier
 from bibau_jax.run import Run
+
+TRAINING = ("batch_size", "learning_rate", "schedule", "momentum", "weight_decay")
 
 
 class Phase(NamedTuple):
@@ -49,7 +51,7 @@ def phases(
     together: all images. backdoor_first: all poisoned images and `clean_share` of the clean ones for `first_epochs`, then all
     clean ones and `poison_share` of the poisoned. clean_first: all clean images and `poisoned_images` of the others, then all
     poisoned ones and `clean_share` of the clean for `first_epochs` (the paper leaves open when it changes; ours is the mirror
-    image).
+    image). A share above 0 is one image at least. UserError for numbers out of range and a set without poisoned images.
     """
     if not 0 < first_epochs < epochs:
         raise UserError(f"stream.first_epochs={first_epochs} must lie between 0 and stream.epochs={epochs}")
@@ -58,16 +60,18 @@ def phases(
             raise UserError(f"stream.{name}={share} must lie in 0..1")
     if poisoned_images < 0:
         raise UserError(f"stream.poisoned={poisoned_images} must not be negative")
+    if not poisoned.poisoned.any():
+        raise UserError("no image is poisoned, so there is no backdoor to learn; see the attack's poison_ratio")
     bad, good = np.flatnonzero(poisoned.poisoned), np.flatnonzero(~poisoned.poisoned)
     order = [np.asarray(jax.random.permutation(keys.stream(key, name), rows)) for name, rows in (("bad", bad), ("good", good))]
-    some_good = order[1][: round(clean_share * len(good))]
+    some_good = order[1][: max(clean_share > 0, round(clean_share * len(good)))]
     images = ImageSet(poisoned.images, poisoned.labels.astype(np.int32), np.arange(len(poisoned.images), dtype=np.int32))
 
     def of(task, rows, count):
         return Phase(task, images.take(np.sort(np.concatenate(rows))), count)
 
     backdoor = partial(of, "backdoor", [bad, some_good])
-    few, rest = order[0][: max(1, round(poison_share * len(bad)))], epochs - first_epochs
+    few, rest = order[0][: max(poison_share > 0, round(poison_share * len(bad)))], epochs - first_epochs
     return {
         "together": [of("both", [bad, good], epochs)],
         "backdoor_first": [backdoor(first_epochs), of("clean", [good, few], rest)],
@@ -130,22 +134,33 @@ def watched(classifier: Classifier, attack: attacks.Attack, test: ImageSet) -> C
     return after
 
 
-def study(this: Run) -> dict:
+def check(config: dict) -> None:
+    """Raises `UserError` where there is no section stream, or trainings cannot be run by it."""
+    if "stream" not in config:
+        raise UserError("the config has no section stream; take configs/theory/task_stream.py")
+    preflight.training("stream", config["stream"])
+
+
+def settings(this: Run) -> dict[str, list[Phase]]:
+    """The phases of every setting, as the run's config has them."""
+    section = this.config["stream"]
+    given = {name: section[name] for name in ("epochs", "first_epochs", "clean_share", "poison_share")}
+    key = keys.stream(keys.stream(this.key, "task_stream"), "images")
+    return phases(key, this.attack.poison(this.splits.train), poisoned_images=section["poisoned"], **given)
+
+
+def study(this: Run, told: dict[str, list[Phase]]) -> dict:
     """{setting: its entries} of all three, from one start; a setting that is finished in the run's folder is not run again."""
-    section = dict(this.config["stream"])
-    shares = {name: section.pop(name) for name in ("epochs", "first_epochs", "clean_share", "poison_share")}
-    key = keys.stream(this.key, "task_stream")
-    poisoned = this.attack.poison(this.splits.train)
-    told = phases(keys.stream(key, "images"), poisoned, poisoned_images=section.pop("poisoned"), **shares)
+    key, options = keys.stream(this.key, "task_stream"), {name: this.config["data"][name] for name in ("padding", "flip")}
+    options |= {name: this.config["stream"][name] for name in TRAINING}
     count = this.config["reactivate"]["test_size"] or len(this.measured)
     watch = watched(this.classifier, this.attack, this.measured.take(slice(0, count)))
-    section |= {name: this.config["data"][name] for name in ("padding", "flip")}
     found = {}
     for name, parts in told.items():
         journal, place = this.journal(name), this.folder / f"{name}.json"
         if not place.exists():
             start = this.classifier.init(keys.stream(key, "init"))
-            entries = learn(keys.stream(key, name), this.classifier, start, parts, watch=watch, journal=journal, **section)
+            entries = learn(keys.stream(key, name), this.classifier, start, parts, watch=watch, journal=journal, **options)
             if parallel.is_lead():
                 records.write_study(place, "task_stream_setting", _command(), {"setting": name}, {"epochs": entries})
                 shutil.rmtree(this.folder / name, ignore_errors=True)  # the checkpoints of its phases
@@ -162,16 +177,16 @@ def run(config: dict, folder: str) -> Path:
     """All three settings in a folder that is claimed for this config; returns the path of the figure."""
     from bibau_jax.report import theory
 
-    if "stream" not in config:
-        raise UserError("the config has no section stream; take configs/theory/task_stream.py")
+    check(config)
     this = Run(config, Path(folder).expanduser().absolute())
     if this.attack.control is not None:
         raise UserError(f'attack "{this.attack.name}" takes a hand in training, which a stream of tasks has no room for')
+    told = settings(this)
     workdir.claim(folder, config)
-    found = study(this)
+    found = study(this, told)
     if parallel.is_lead():
-        told = records.write_study(this.folder / "task_stream.json", "task_stream", _command(), config, found)
-        return theory.task_stream(told.found, this.folder / "task_stream.png")
+        written = records.write_study(this.folder / "task_stream.json", "task_stream", _command(), config, found)
+        return theory.task_stream(written.found, this.folder / "task_stream.png")
     return this.folder / "task_stream.png"
 
 
@@ -180,8 +195,9 @@ def command(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     config = cli.CONFIG.value.to_dict()
     parallel.keep_compiled()
-    parallel.use_cores(config.get("stream", {}).get("batch_size", 1))
     try:
+        check(config)
+        parallel.use_cores(config["stream"]["batch_size"])
         print(run(config, cli.WORKDIR.value))
     except UserError as error:
         cli.fail(error)
