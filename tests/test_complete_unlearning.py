@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from bibau_jax import train
+from bibau_jax import keys, models, train
 from bibau_jax.errors import UserError
 from bibau_jax.theory import complete_unlearning as complete
+from tests.conftest import DIGITS
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,13 @@ def test_it_equals_a_plain_loop():
     assert (found.implanted, found.left, found.compensation) == pytest.approx((implanted, left, back / implanted))
 
 
+def test_logits_of_different_images_are_refused():
+    clean, backdoored, purified = random_logits()
+    for wrong in ((clean[:1], backdoored, purified), (clean, backdoored, purified[:, :5]), (clean[:0],) * 3):
+        with pytest.raises(UserError, match="logits of the same images, not by logits of shapes"):
+            complete.completeness(*wrong)
+
+
 def test_layers_are_those_of_the_main_path_and_end_at_the_clean_model(tiny, three, digits):
     images = digits.test.images[:9]
     found = complete.by_layer(tiny, three, images)
@@ -60,6 +68,27 @@ def test_layers_are_those_of_the_main_path_and_end_at_the_clean_model(tiny, thre
     assert found["conv1"]["implanted"] == pytest.approx(float((off**2).sum() / (own**2).sum()), rel=1e-4)
     done = complete.by_layer(tiny, three._replace(purified=three.clean), images)
     assert all(each["left"] == 0 for each in done.values())
+
+
+def test_layers_of_a_vit_are_what_each_half_of_a_block_adds(digits):
+    vit = models.build("vit_b_32", width=8, stages=(2,), heads=2, patch=8, size=16, **DIGITS)
+    three = complete.Models(*(jax.device_get(vit.init(keys.root(seed))) for seed in range(3)))
+    images = digits.test.images[:5]
+    found = complete.by_layer(vit, three, images)
+    assert list(found) == ["block_0/out", "block_0/mlp2", "block_1/out", "block_1/mlp2"]
+    taps = [vit.apply(each, images, taps=True).taps for each in three]
+    for name, told in found.items():
+        own, implanted, left = (np.asarray(tap[name], np.float64) for tap in taps)
+        assert own.ndim == 3
+        size = (own**2).sum()
+        assert told["implanted"] == pytest.approx(((implanted - own) ** 2).sum() / size, rel=1e-4)
+        assert told["left"] == pytest.approx(((left - own) ** 2).sum() / size, rel=1e-4)
+
+
+def test_a_network_without_layers_to_compare_is_told(linear, digits):
+    classifier, variables = linear
+    with pytest.raises(UserError, match="names no layers that models are compared in"):
+        complete.by_layer(classifier, complete.Models(*[variables] * 3), digits.test.images[:5])
 
 
 # --- Proposition 4.3

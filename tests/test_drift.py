@@ -1,9 +1,11 @@
 """Drift and forgetting: measured on models and computed in closed form, they agree where both hold."""
 
+import jax
 import numpy as np
 import pytest
 
 from bibau_jax import train
+from bibau_jax.errors import UserError
 from bibau_jax.theory import drift, flow, linearize, ntk
 
 
@@ -47,3 +49,48 @@ def test_a_task_orthogonal_to_another_is_not_forgotten():
     outputs = drift.stream(kernel, np.zeros((4, 2)), tasks)
     assert not (outputs[2] - outputs[1])[:2].any() and (outputs[2] - outputs[1])[2:].any()
     np.testing.assert_allclose(outputs[2], 1.0)
+
+
+def moved_in_turn(jacobian, start, tasks, inverse) -> list[np.ndarray]:
+    """Outputs before and after each task, by moving the parameters themselves by `inverse(J_k)` times the residual."""
+    found = [np.asarray(start, np.float64)]
+    for rows, targets in tasks:
+        own = np.concatenate([np.arange(row * start.shape[1], (row + 1) * start.shape[1]) for row in rows])
+        step = inverse(jacobian[own]) @ (targets - found[-1][rows]).ravel()
+        found.append(found[-1] + (jacobian @ step).reshape(start.shape))
+    return found
+
+
+def test_a_network_of_fewer_parameters_than_outputs_moves_by_the_pseudo_inverse(tiny, tiny_variables, digits):
+    """420 outputs a task, 398 parameters: most of the kernel's spectrum is rounding, and is not taken for directions."""
+    images, targets = digits.train.images[:84], flow.centred_one_hot(digits.train.labels[:84], 10)
+    start = train.logits(tiny, tiny_variables, images)
+    leaves = jax.jit(jax.jacrev(lambda params: tiny.apply(tiny_variables | {"params": params}, images).logits))
+    leaves = jax.tree.leaves(leaves(tiny_variables["params"]))
+    jacobian = np.concatenate([np.asarray(leaf, np.float64).reshape(840, -1) for leaf in leaves], 1)
+    assert jacobian.shape == (840, 398)
+    tasks = [drift.Task(part, targets[part]) for part in (np.arange(42), np.arange(42, 84))]
+    expected = moved_in_turn(jacobian, start, tasks, lambda own: np.linalg.pinv(own, rcond=flow.CUT**0.5))
+    exact = drift.stream(jacobian @ jacobian.T, start, tasks)
+    found = drift.stream(ntk.kernel(tiny, tiny_variables, images), start, tasks)
+    forgotten = [drift.catastrophic_forgetting((run[2] - run[1])[:42]) for run in (expected, exact, found)]
+    for index in (1, 2):
+        assert apart(exact[index], expected[index]) < 1e-8
+        assert apart(found[index], expected[index]) < 0.05  # directions next to the cut are known to a few percent
+    assert forgotten[1:] == pytest.approx([forgotten[0]] * 2, rel=0.02) and forgotten[0] < 10
+
+
+def test_a_ridge_is_that_of_the_parameters():
+    """Each task moves them by the solution of (J_k^T J_k + ridge) d = J_k^T y~."""
+    rng = np.random.default_rng(0)
+    jacobian, start, ridge = rng.normal(size=(18, 15)), rng.normal(size=(6, 3)), 4.0
+    tasks = [drift.Task(np.array([0, 1]), rng.normal(size=(2, 3))), drift.Task(np.array([3, 2, 5]), rng.normal(size=(3, 3)))]
+    found = drift.stream(jacobian @ jacobian.T, start, tasks, ridge=ridge)
+    expected = moved_in_turn(jacobian, start, tasks, lambda own: np.linalg.solve(own.T @ own + ridge * np.eye(15), own.T))
+    np.testing.assert_allclose(found, expected, atol=1e-10)
+
+
+def test_a_task_without_inputs_is_told():
+    tasks = [drift.Task(np.arange(2), np.ones((2, 1))), drift.Task(np.zeros(0, int), np.ones((0, 1)))]
+    with pytest.raises(UserError, match="task 2 of the stream has no inputs"):
+        drift.stream(np.eye(3), np.zeros((3, 1)), tasks)

@@ -133,28 +133,88 @@ def test_directions_that_the_kernel_does_not_know_are_left_alone():
     np.testing.assert_allclose(found, [[1.0], [0.0]])
 
 
+def test_rounding_of_a_float32_kernel_is_not_inverted():
+    """Twelve inputs of which four are there twice: all that their copies add to the spectrum is rounding."""
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(8, 30))[[*range(8), *range(4)]]
+    exact, start, targets = rows @ rows.T, np.zeros((12, 1)), rng.normal(size=(12, 1))
+    rounding = 1e-7 * exact.max() * rng.normal(size=(12, 12))
+    of = flow.spectrum(exact + rounding + rounding.T)
+    assert apart(flow.squared(of, start, targets), np.linalg.pinv(exact, rcond=1e-9) @ targets) < 1e-5
+    assert np.abs(flow.squared(of, start, targets, cut=1e-12)).max() > 1e4
+
+
 def test_spectra_are_float64_whatever_the_kernel_is(gram):
     of = flow.spectrum(gram[0].astype(np.float32))
     assert of.values.dtype == of.vectors.dtype == np.float64
     assert (of.values >= 0).all() and (flow.spectrum(-np.eye(3)).values == 0).all()
 
 
-def test_mistakes_are_told(gram, tiny, tiny_variables, sample):
-    with pytest.raises(UserError, match="symmetric kernel of a set with itself"):
-        flow.spectrum(gram[0][:3])
-    with pytest.raises(UserError, match="symmetric kernel"):
-        flow.spectrum(np.triu(gram[0]))
-    with pytest.raises(UserError, match="step_size must stay below"):
-        flow.squared(flow.spectrum(gram[0]), *gram[1:], time=1.0, step_size=10.0)
-    for wrong, words in (({"time": -1.0}, "time=-1.0 must not be"), ({"ridge": -2.0}, "ridge=-2.0 must not be")):
+def test_kernels_without_a_spectrum_are_told(gram):
+    for wrong, words in (
+        (gram[0][:3], "symmetric kernel of a set with itself"),
+        (np.triu(gram[0]), "symmetric kernel"),
+        (np.zeros((0, 0)), "symmetric kernel"),
+        (gram[0] * np.nan, "not finite"),
+    ):
         with pytest.raises(UserError, match=words):
-            flow.squared(flow.spectrum(gram[0]), *gram[1:], **wrong)
+            flow.spectrum(wrong)
+        with pytest.raises(UserError, match=words):
+            flow.cross_entropy(wrong, gram[1], np.zeros(4, int), time=1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"time": -1.0}, "time=-1.0 must not be negative"),
+        ({"time": np.nan}, "time=nan must not be"),
+        ({"time": 10.0, "step_size": 1.0}, "step_size must stay below 0.0"),
+        ({"time": 0.1, "step_size": -0.01}, "step_size=-0.01 must be finite and not negative"),
+        ({"time": 0.001, "step_size": 0.002}, "time=0.001 is no whole number of steps of step_size=0.002"),
+        ({"time": 0.0025, "step_size": 0.001}, "time=0.0025 is no whole number of steps"),
+    ],
+)
+def test_both_losses_refuse_the_same_times_and_steps(gram, options, words):
+    kernel, start, targets = gram
+    with pytest.raises(UserError, match=words):
+        flow.squared(flow.spectrum(kernel), start, targets, **options)
+    with pytest.raises(UserError, match=words):
+        flow.cross_entropy(kernel, start, targets.argmax(1), **options)
+
+
+def test_mistakes_in_a_training_are_told(gram):
+    kernel, start, targets = gram
+    with pytest.raises(UserError, match="ridge=-2.0 must not be"):
+        flow.squared(flow.spectrum(kernel), start, targets, ridge=-2.0)
     with pytest.raises(UserError, match="must be of one shape, with as many numbers as the kernel has rows"):
-        flow.squared(flow.spectrum(gram[0]), gram[1][:-1], gram[2][:-1])
+        flow.squared(flow.spectrum(kernel), start[:-1], targets[:-1])
+    with pytest.raises(UserError, match="must be of one shape"):
+        flow.cross_entropy(kernel, start, np.zeros(3, int), time=1.0)
     with pytest.raises(UserError, match="give a finite time"):
-        flow.cross_entropy(gram[0], gram[1], np.zeros(len(gram[1]), int), time=np.inf)
-    with pytest.raises(UserError, match='loss "hinge" is unknown'):
-        linearize.descend(tiny, tiny_variables, *sample[:2], loss="hinge", step_size=0.1, steps=1)
+        flow.cross_entropy(kernel, start, np.zeros(4, int), time=np.inf)
+    for label in (-1, 3, 0.5):
+        with pytest.raises(UserError, match="labels must be one whole number from 0 to 2"):
+            flow.cross_entropy(kernel, start, np.array([0, 1, 2, label]), time=1.0)
+        with pytest.raises(UserError, match="labels must be one whole number from 0 to 2"):
+            flow.centred_one_hot(np.array([label]), 3)
+
+
+def test_the_network_itself_is_not_trained_on_targets_that_do_not_fit(tiny, tiny_variables, sample):
+    images, targets, labels = sample
+    for loss, given, wanted, words in (
+        ("hinge", images, targets, 'loss "hinge" is unknown'),
+        ("squared", images, targets[:5], r"or n labels for the cross-entropy, not \[5, 10\] for 16"),
+        ("squared", images, labels, r"takes targets \[n, 10\], .* not \[16\] for 16"),
+        ("squared", images[:0], targets[:0], r"not \[0, 10\] for 0"),
+        ("cross_entropy", images, labels[:5], r"not \[5\] for 16"),
+        ("cross_entropy", images, labels - 10, "labels must be one whole number from 0 to 9"),
+        ("cross_entropy", images, targets, "labels must be"),
+    ):
+        with pytest.raises(UserError, match=words):
+            linearize.descend(tiny, tiny_variables, given, wanted, loss=loss, step_size=0.1, steps=1)
+    for options in ({"step_size": 0.1, "steps": -1}, {"step_size": 0.0, "steps": 1}, {"step_size": np.inf, "steps": 1}):
+        with pytest.raises(UserError, match=f"steps={options['steps']} not negative"):
+            linearize.descend(tiny, tiny_variables, images, targets, loss="squared", **options)
 
 
 def test_wider_networks_are_closer_to_their_linearisation(digits):

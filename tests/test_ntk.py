@@ -88,10 +88,25 @@ def test_eight_devices_give_the_kernel_and_the_products_of_one(tiny, tiny_variab
 def test_what_does_not_fit_is_refused_with_what_it_would_take(images):
     large = models.build("resnet18", width=64, **DIGITS)
     variables = jax.eval_shape(large.init, jax.random.key(0))
-    with pytest.raises(UserError, match=r"kernel of 1000000 x 1000000 rows .* needs at least 24000.0 GB, more than the 8 GB"):
+    with pytest.raises(UserError, match=r"kernel of 1000000 x 1000000 rows .* needs at least 24000 GB, more than the 8 GB"):
         ntk.kernel(large, variables, np.broadcast_to(images[:1], (100_000, 16, 16, 1)))
-    with pytest.raises(UserError, match=r"needs at least 0.\d GB, more than the 0.01 GB allowed; take fewer images"):
+    with pytest.raises(UserError, match=r"needs at least 0.89\d GB, more than the 0.01 GB allowed; take fewer images"):
         ntk.kernel(large, variables, np.broadcast_to(images[:1], (100, 16, 16, 1)), gigabytes=0.01)
+    with pytest.raises(UserError, match=r"needs at least 0.00\d+ GB, more than the 0 GB"):
+        ntk.kernel(large, variables, images[:1], gigabytes=0)
+
+
+def test_what_gives_no_kernel_is_told(tiny, tiny_variables, images):
+    for wrong, words in (
+        ({"images": images[:0]}, "a tangent kernel needs images"),
+        ({"images": images, "others": images[:0]}, "a tangent kernel needs images"),
+        ({"images": images, "chunk": 0}, "chunk=0 to be at least 1"),
+        ({"images": images, "readout": ntk.mean_logit(9)}, r"a readout must be \[10, R\], not \[9, 1\]"),
+        ({"images": images, "readout": np.ones(10)}, r"a readout must be \[10, R\], not \[10\]"),
+        ({"images": images, "readout": np.ones((10, 0))}, r"a readout must be \[10, R\], not \[10, 0\]"),
+    ):
+        with pytest.raises(UserError, match=words):
+            ntk.kernel(tiny, tiny_variables, **wrong)
 
 
 def test_products_need_no_kernel(tiny, tiny_variables, images, jacobian):

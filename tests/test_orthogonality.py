@@ -1,14 +1,16 @@
 """Orthogonality and linearity: their formulas on small vectors and lines, and what they say of a small network."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bibau_jax import keys
+from bibau_jax import keys, models, parallel
 from bibau_jax.data import ImageSet
 from bibau_jax.errors import UserError
 from bibau_jax.models import inside
 from bibau_jax.theory import orthogonality
+from tests.conftest import DIGITS
 
 
 def test_angles_of_known_vectors():
@@ -34,15 +36,57 @@ def test_a_task_with_itself_has_no_angle_and_the_opposite_labels_have_one(backdo
     assert 0 < found[0] < 90 and found[1] > 5
 
 
-def test_gradients_are_those_of_the_kernels_without_shortcuts(backdoored):
-    paths = ["/".join(pair.conv) for pair in backdoored.classifier.main_path]
-    assert paths == ["conv1", "layer1_0/conv1", "layer1_0/conv2"]
+def plain_gradient(classifier, variables, images):
+    """Of the mean cross-entropy, in one piece."""
+
+    def loss(params):
+        logits = classifier.apply(variables | {"params": params}, images.images).logits
+        return (jax.nn.logsumexp(logits, 1) - logits[np.arange(len(images)), images.labels]).mean()
+
+    return jax.jit(jax.grad(loss))(variables["params"])
 
 
-def test_nothing_to_compare_is_refused(backdoored):
-    none = backdoored.clean.take(slice(0, 0))
+def test_gradients_are_those_of_the_kernels_without_shortcuts(digits):
+    """Two stages, the second behind a shortcut of its own."""
+    classifier = models.build("resnet18", width=4, stages=(1, 1), **DIGITS)
+    variables = jax.device_get(classifier.init(keys.root(0)))
+    clean, other = digits.train.take(slice(0, 20)), digits.train.take(slice(20, 40))
+    flat = []
+    for images in (clean, other):
+        found = plain_gradient(classifier, variables, images)
+        first, second = found["layer1_0"], found["layer2_0"]
+        assert "shortcut_conv" in second
+        layers = found["conv1"], first["conv1"], first["conv2"], second["conv1"], second["conv2"]
+        flat.append(np.concatenate([np.asarray(layer["kernel"], np.float64).ravel() for layer in layers]))
+    expected = orthogonality.angle(*map(np.abs, flat)), orthogonality.angle(*flat)
+    assert orthogonality.orthogonality(classifier, variables, clean, other) == pytest.approx(expected, abs=0.01)
+    np.testing.assert_allclose(
+        orthogonality._kernels(classifier, plain_gradient(classifier, variables, clean)), flat[0], rtol=1e-6
+    )
+
+
+def test_descent_is_the_negative_gradient_of_the_mean_loss(tiny, tiny_variables, digits):
+    images = digits.test.take(slice(0, 7))
+    found, expected = orthogonality.descent(tiny, tiny_variables, images), plain_gradient(tiny, tiny_variables, images)
+    with parallel.on_devices(8):
+        spread = orthogonality.descent(tiny, tiny_variables, images)
+    half = models.build("resnet18", **DIGITS | {"width": 4, "stages": (1,), "dtype": jnp.bfloat16})
+    same = orthogonality.descent(half, tiny_variables, images)
+    for a, b, c, d in zip(*map(jax.tree.leaves, (found, expected, spread, same)), strict=True):
+        np.testing.assert_allclose(a, -b, atol=1e-6)
+        np.testing.assert_allclose(a, c, atol=1e-6)
+        np.testing.assert_array_equal(a, d)  # computed in float32, whatever the network trains in
+
+
+def test_nothing_to_compare_is_refused(backdoored, linear):
+    none, (classifier, variables) = backdoored.clean.take(slice(0, 0)), linear
     with pytest.raises(UserError, match="needs clean and triggered"):
         orthogonality.orthogonality(backdoored.classifier, backdoored.variables, none, backdoored.clean)
+    with pytest.raises(UserError, match="a task's gradient needs images"):
+        orthogonality.descent(backdoored.classifier, backdoored.variables, none)
+    images = backdoored.test.images[:4]
+    with pytest.raises(UserError, match="norms of convolutions, and this network has none"):
+        orthogonality.linearity(keys.root(0), classifier, variables, images, images, np.zeros(4, int))
 
 
 def test_the_output_of_a_layer_can_be_replaced(tiny, tiny_variables, digits):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from bibau_jax.errors import UserError
 from bibau_jax.theory import drift, ntk, overlap
 
 
@@ -58,21 +59,52 @@ def test_directions_below_the_cut_do_not_count():
     assert overlap.overlap(kernel, kernel, kernel, cut=1e-12).ranks == (3, 3)
 
 
-def test_forgetting_stays_below_its_bound_and_reaches_it_for_a_single_direction(jacobians):
+def test_what_has_no_tangent_space_is_told(jacobians):
+    kernel = jacobians[0] @ jacobians[0].T
+    for wrong in ({"first": 0 * kernel}, {"second": 0 * kernel}, {"cut": 2.0}, {"cut": -1.0}):
+        with pytest.raises(UserError, match="an overlap needs kernels that are not zero, and 0 <= cut < 1"):
+            overlap.overlap(**{"first": kernel, "second": kernel, "between": kernel} | wrong)
+
+
+@pytest.mark.parametrize("options", [{}, {"ridge": 3.0}, {"time": 1.0}])
+def test_forgetting_stays_below_its_bound_after_any_number_of_tasks(jacobians, options):
     first, second, _ = jacobians
-    everything = np.concatenate([first, second])
-    kernel, residual = everything @ everything.T, np.random.default_rng(1).normal(size=(8, 1))
-    outputs = drift.stream(kernel, np.zeros((14, 1)), [drift.Task(np.arange(6, 14), residual)])
-    forgotten = drift.catastrophic_forgetting((outputs[1] - outputs[0])[:6])
-    blocks = kernel[:6, :6], kernel[6:, 6:], kernel[:6, 6:]
-    bound = overlap.forgetting_bound(blocks[0], overlap.matrix(*blocks), blocks[1], residual)
-    assert 0.01 * bound < forgotten < bound
+    rng, everything = np.random.default_rng(1), np.concatenate([first, second])
+    parts = (np.arange(6), np.arange(6, 10), np.arange(10, 14))
+    tasks = [drift.Task(part, rng.normal(size=(len(part), 1))) for part in parts]
+    kernel = everything @ everything.T
+    outputs, ridge = drift.stream(kernel, np.zeros((14, 1)), tasks, **options), options.get("ridge", 0.0)
+    for last in (2, 3):
+        forgotten = drift.catastrophic_forgetting((outputs[last] - outputs[1])[:6])
+        bound = overlap.forgetting_bound(kernel, tasks[:last], outputs[: last + 1], ridge=ridge)
+        assert 0.01 * bound < forgotten < bound
+    assert overlap.forgetting_bound(kernel, tasks[:1], outputs[:2]) == 0
+
+
+def test_the_bound_is_its_formula_in_singular_vectors(jacobians):
+    """(sigma_1 sum_k |V_S^T V_k|_2 |Sigma_k (Sigma_k^2 + ridge)^-1 U_k^T y~_k|)^2, two outputs an input."""
+    everything, rng = np.concatenate(jacobians[:2]), np.random.default_rng(2)
+    parts, ridge, start = (np.array([0, 2]), np.array([1, 4]), np.array([6, 3, 5])), 0.7, rng.normal(size=(7, 2))
+    tasks = [drift.Task(part, rng.normal(size=(len(part), 2))) for part in parts]
+    kernel = everything @ everything.T
+    outputs = drift.stream(kernel, start, tasks, ridge=ridge)
+    (_, sizes, own), *later = (
+        np.linalg.svd(everything.reshape(7, 2, 40)[part].reshape(-1, 40), full_matrices=False) for part in parts
+    )
+    reach = 0.0
+    for k, (u, s, vt) in enumerate(later, 1):
+        residual = (tasks[k].targets - outputs[k][parts[k]]).ravel()
+        reach += np.linalg.norm(own @ vt.T, 2) * np.linalg.norm(s / (s**2 + ridge) * (u.T @ residual))
+    found = overlap.forgetting_bound(kernel, tasks, outputs, ridge=ridge)
+    assert found == pytest.approx((sizes[0] * reach) ** 2)
+
+
+def test_the_bound_is_reached_for_a_single_direction():
     line = np.array([[3.0, 1.0], [1.0, 1.0]])
-    kernel = line @ line.T
-    outputs = drift.stream(kernel, np.zeros((2, 1)), [drift.Task(np.array([1]), np.ones((1, 1)))])
-    found = overlap.matrix(kernel[:1, :1], kernel[1:, 1:], kernel[:1, 1:])
-    bound = overlap.forgetting_bound(kernel[:1, :1], found, kernel[1:, 1:], np.ones((1, 1)))
-    assert bound == pytest.approx(drift.catastrophic_forgetting(outputs[1][:1])) == pytest.approx(4.0)
+    tasks = [drift.Task(np.array([0]), np.zeros((1, 1))), drift.Task(np.array([1]), np.ones((1, 1)))]
+    outputs = drift.stream(line @ line.T, np.zeros((2, 1)), tasks)
+    bound = overlap.forgetting_bound(line @ line.T, tasks, outputs)
+    assert bound == pytest.approx(drift.catastrophic_forgetting(outputs[2][:1])) == pytest.approx(4.0)
 
 
 def test_shuffled_images_keep_their_pixels_but_not_their_places(digits):

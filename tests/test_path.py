@@ -4,6 +4,8 @@ import jax
 import numpy as np
 import pytest
 
+from bibau_jax import parallel
+from bibau_jax.errors import UserError
 from bibau_jax.theory import path
 
 
@@ -24,3 +26,10 @@ def test_new_statistics_are_those_of_the_images_and_parameters_stay(tiny, tiny_v
     statistics = found["batch_stats"]["bn1"]
     assert statistics["mean"] == pytest.approx(tap.mean((0, 1, 2)), abs=0.03)
     assert statistics["var"] == pytest.approx(tap.var((0, 1, 2)), rel=0.15, abs=0.01)
+
+
+def test_too_few_images_for_new_statistics_are_told(tiny, tiny_variables, digits):
+    with pytest.raises(UserError, match="new statistics need at least 1 images, there are 0"):
+        path.recalibrated(tiny, tiny_variables, digits.train.images[:0])
+    with parallel.on_devices(8), pytest.raises(UserError, match="new statistics need at least 8 images, there are 3"):
+        path.recalibrated(tiny, tiny_variables, digits.train.images[:3])

@@ -40,7 +40,7 @@ def runs():
 
 def test_every_kind_of_study_is_drawn_beside_its_record(tmp_path, capsys):
     records.write_study(tmp_path / "three_tasks.json", "three_tasks", "", {}, three_tasks.study())
-    drifts = {"clean": [1.0, 1.1], "triggered": [0.5, 0.6], "unseen_clean": [1.0, 1.1], "unseen_triggered": [0.5, 0.6]}
+    drifts = {"clean": [1.0, 2.0], "triggered": [0.5, 2.0], "unseen_clean": [1.0, 1.1], "unseen_triggered": [0.5, 0.6]}
     task = {"gap_seen": 0.1, "gap_unseen": 0.2, "drift": drifts}
     networks = [
         {"width": width, "seed": 0, "tasks": dict.fromkeys(("clean", "backdoor", "unlearning"), task)} for width in (4, 8)
@@ -50,7 +50,9 @@ def test_every_kind_of_study_is_drawn_beside_its_record(tmp_path, capsys):
     records.write_study(tmp_path / "stream.json", "task_stream", "", {}, dict.fromkeys(theory.STREAMS, entries))
     assert theory.main([str(tmp_path)]) == 0
     drawn = capsys.readouterr().out.split()
-    assert "| 4 | backdoor | 0.100 | 0.200 | 0.91 | 0.83 |" in (tmp_path / "widths.md").read_text()
+    told = (tmp_path / "widths.md").read_text()
+    for task, forgotten in (("clean", "–"), ("backdoor", "0.50"), ("unlearning", "0.25")):
+        assert f"| 4 | {task} | 0.100 | 0.200 | 0.91 | 0.83 | {forgotten} |\n" in told
     assert "| Clean task, then backdoor task | clean | 2 | 50.0 | 60.0 |" in (tmp_path / "stream.md").read_text()
     assert len(drawn) == 3 and all(png(tmp_path / name) for name in ("three_tasks.png", "widths.png", "stream.png"))
 

@@ -33,3 +33,5 @@ def test_what_keeps_only_one_condition_fails_when_tilted():
 def test_an_unknown_task_is_named():
     with pytest.raises(UserError, match='unknown unlearning task "magic"; known: clean'):
         three_tasks.predicted("magic")
+    with pytest.raises(UserError, match='unknown unlearning task "magic"; known: clean'):
+        three_tasks.measured("magic")

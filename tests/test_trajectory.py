@@ -4,9 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from bibau_jax import parallel
 from bibau_jax.data import ImageSet
-from bibau_jax.errors import UserError
 from bibau_jax.theory import trajectory
 
 
@@ -25,22 +23,6 @@ def test_a_gradient_step_on_the_backdoor_points_towards_it_and_its_reverse_is_an
     assert home.whole.to_implanted == pytest.approx(180, abs=0.1)
 
 
-def test_descent_is_the_negative_gradient_of_the_mean_loss(tiny, tiny_variables, digits):
-    images = digits.test.take(slice(0, 7))
-    found = trajectory.descent(tiny, tiny_variables, images)
-
-    def loss(params):
-        logits = tiny.apply(tiny_variables | {"params": params}, images.images).logits
-        return (jax.nn.logsumexp(logits, 1) - logits[np.arange(7), images.labels]).mean()
-
-    expected = jax.jit(jax.grad(loss))(tiny_variables["params"])
-    with parallel.on_devices(8):
-        spread = trajectory.descent(tiny, tiny_variables, images)
-    for a, b, c in zip(*map(jax.tree.leaves, (found, expected, spread)), strict=True):
-        np.testing.assert_allclose(a, -b, atol=1e-6)
-        np.testing.assert_allclose(a, c, atol=1e-6)
-
-
 def test_angles_are_taken_over_all_parameters_and_for_each_module_by_itself():
     def tree(first, second):
         return {"a": {"x": np.array(first)}, "b": {"x": np.array(second)}}
@@ -50,8 +32,3 @@ def test_angles_are_taken_over_all_parameters_and_for_each_module_by_itself():
     assert trajectory.angles(movement, towards) == pytest.approx((135, 90, 135))
     found = trajectory.by_group(movement, towards)
     assert found["a"] == pytest.approx((180, 90, 90)) and found["b"] == pytest.approx((90, 90, 180))
-
-
-def test_a_task_without_images_has_no_gradient(tiny, tiny_variables, digits):
-    with pytest.raises(UserError, match="needs images"):
-        trajectory.descent(tiny, tiny_variables, digits.test.take(slice(0, 0)))

@@ -21,6 +21,7 @@ UNLEARNINGS = {
     "parallel": ("inputs parallel to the backdoor", "#e0a100"),
     "orthogonal_and_clean": ("orthogonal inputs and clean ones", "#00477a"),
 }
+FORGOTTEN = {"backdoor": "clean", "unlearning": "triggered"}  # by each task of `widths`, the images of the one before
 
 
 def three_tasks(found: dict, path: Path) -> Path:
@@ -85,11 +86,11 @@ def _plane(axis, tilt: float) -> None:
 
 
 def widths(found: dict, path: Path) -> Path:
-    """How far networks are from their linearisation, by width, and their drifts beside the predicted ones."""
+    """How far networks are from their linearisation, by width, and their drifts and forgetting beside the predicted ones."""
     plt = plotting()
     runs = found["runs"]
     sizes = sorted({run["width"] for run in runs})
-    figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.6), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     for name, label, tone in (
         ("clean", "clean task", CLEAN),
         ("backdoor", "then the backdoor", BACKDOOR),
@@ -102,25 +103,37 @@ def widths(found: dict, path: Path) -> Path:
     axes[0].set_xticks(sizes, map(str, sizes))
     axes[0].minorticks_off()
     axes[0].set_yticks([0.03, 0.1, 0.3, 1.0], ["0.03", "0.1", "0.3", "1"])
-    axes[0].set_title("Distance from the linearisation", loc="left")
+    axes[0].set_title("Distance from the linearisation", loc="left", fontsize=10)
     axes[0].legend(frameon=False, title="after the … (dotted: unseen images)")
-    shown = (("backdoor", "unseen_clean", "clean, after the backdoor", CLEAN, "o"),)
-    shown += (("backdoor", "unseen_triggered", "triggered, after the backdoor", BACKDOOR, "o"),)
-    shown += (("unlearning", "unseen_clean", "clean, after unlearning", CLEAN, "^"),)
-    shown += (("unlearning", "unseen_triggered", "triggered, after unlearning", UNLEARNING, "^"),)
-    for task, kind, label, tone, mark in shown:
-        pairs = np.array([[*run["tasks"][task]["drift"][kind], run["width"]] for run in runs])
-        areas = 12 + 90 * np.log2(pairs[:, 2] / min(sizes) + 1) / np.log2(max(sizes) / min(sizes) + 1)
-        axes[1].scatter(pairs[:, 1], pairs[:, 0], s=areas, color=tone, marker=mark, alpha=0.65, linewidths=0, label=label)
-    axes[1].plot([1e-9, 1e9], [1e-9, 1e9], color=INK, linewidth=0.8)
-    axes[1].set(xscale="log", yscale="log", xlabel="predicted mean squared drift", ylabel="measured mean squared drift")
-    values = [v for run in runs for task, kind, *_ in shown for v in run["tasks"][task]["drift"][kind]]
-    axes[1].set(xlim=(min(values) / 2, max(values) * 2), ylim=(min(values) / 2, max(values) * 2))
+    unseen = (("backdoor", "unseen_clean", "clean, after the backdoor", CLEAN, "o"),)
+    unseen += (("backdoor", "unseen_triggered", "triggered, after the backdoor", BACKDOOR, "o"),)
+    unseen += (("unlearning", "unseen_clean", "clean, after unlearning", CLEAN, "^"),)
+    unseen += (("unlearning", "unseen_triggered", "triggered, after unlearning", UNLEARNING, "^"),)
+    _against_prediction(axes[1], runs, unseen, "drift")
     axes[1].set_title("Drift of unseen images (larger marks: wider networks)", loc="left", fontsize=10)
-    axes[1].legend(frameon=False, fontsize=9)
+    labels = (("clean task, by the backdoor", CLEAN, "o"), ("backdoor, by unlearning", UNLEARNING, "^"))
+    seen = tuple((*pair, *label) for pair, label in zip(FORGOTTEN.items(), labels, strict=True))
+    _against_prediction(axes[2], runs, seen, "forgetting")
+    axes[2].set_title("Forgetting: drift of the task before, on its own images", loc="left", fontsize=10)
     for axis in axes:
         axis.grid(alpha=0.25)
     return save(figure, path)
+
+
+def _against_prediction(axis, runs: list[dict], shown, what: str) -> None:
+    """Measured over predicted drifts of every network; `shown` holds (task, kind of images, label, colour, mark)."""
+    sizes = np.array([run["width"] for run in runs])
+    areas = 12 + 90 * np.log2(sizes / min(sizes) + 1) / np.log2(max(sizes) / min(sizes) + 1)
+    values = []
+    for task, kind, label, tone, mark in shown:
+        pairs = np.array([run["tasks"][task]["drift"][kind] for run in runs])
+        axis.scatter(pairs[:, 1], pairs[:, 0], s=areas, color=tone, marker=mark, alpha=0.65, linewidths=0, label=label)
+        values.append(pairs)
+    ends = np.min(values) / 2, np.max(values) * 2
+    axis.plot(ends, ends, color=INK, linewidth=0.8)
+    axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
+    axis.set(xlabel=f"predicted mean squared {what}", ylabel=f"measured mean squared {what}")
+    axis.legend(frameon=False, fontsize=9)
 
 
 STREAMS = {
@@ -155,16 +168,18 @@ def task_stream(found: dict, path: Path) -> Path:
 
 
 def widths_table(found: dict) -> str:
-    """Markdown: by width and task, the distance from the linearisation, and measured over predicted drift of unseen images."""
-    lines = [
-        "| Width | After | Distance, seen images | Distance, unseen | Drift of clean, measured / predicted | Of triggered |"
-    ]
-    lines += ["| ---: | --- | ---: | ---: | ---: | ---: |"]
+    """Markdown: by width and task, the distance from the linearisation, and drift and forgetting, measured over predicted.
+
+    Drift is that of unseen images; forgetting that of the images of the task before (Eq. 6), mean over images.
+    """
+    head = "| Width | After | Distance, seen images | Distance, unseen | Drift of clean, measured / predicted | Of triggered |"
+    lines = [f"{head} Forgetting of the task before, measured / predicted |", "| ---: | --- |" + " ---: |" * 5]
     for size in sorted({run["width"] for run in found["runs"]}):
         for name in ("clean", "backdoor", "unlearning"):
             told = [run["tasks"][name] for run in found["runs"] if run["width"] == size]
             gaps = [unlearning.spread((one[gap] for one in told), 3) for gap in ("gap_seen", "gap_unseen")]
             pairs = [[one["drift"][f"unseen_{kind}"] for one in told] for kind in ("clean", "triggered")]
+            pairs.append([one["drift"][FORGOTTEN[name]] for one in told] if name in FORGOTTEN else [])
             ratios = [unlearning.spread((real / predicted for real, predicted in each), 2) for each in pairs]
             lines.append(f"| {size} | {name} | {' | '.join(gaps + ratios)} |")
     return "\n".join(lines) + "\n"

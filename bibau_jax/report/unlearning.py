@@ -222,6 +222,8 @@ def picture(runs: list[dict], path: Path) -> Path | None:
             axes[place][0].set(ylabel=f"degrees {HEADS[angle]}\n(dotted: asked)")
         axes[2][column].axhline(1, color="#1c1d1f", linestyle=":", linewidth=1)
         axes[2][column].set(yscale="log")
+        for axis_of in (axes[2][column].yaxis.set_major_formatter, axes[2][column].yaxis.set_minor_formatter):
+            axis_of("{x:g}")
         axes[2][column].set_xticks(range(len(layers)), list(layers), rotation=70, fontsize=7)
         axes[2][0].set(ylabel="left of the drift,\ntriggered images, by layer")
         axes[0][column].set_title(words.attack(attack), loc="left")

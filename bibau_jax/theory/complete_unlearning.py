@@ -45,7 +45,13 @@ class Completeness(NamedTuple):
 
 
 def completeness(clean: np.ndarray, backdoored: np.ndarray, purified: np.ndarray) -> Completeness:
-    """Eq. 8-10 from the three models' logits [N, classes] of the same images, clean or triggered (`train.logits`)."""
+    """Eq. 8-10 from the three models' logits [N, classes] of the same images, clean or triggered (`train.logits`).
+
+    UserError for logits of different shapes, or of no images.
+    """
+    shapes = {np.shape(logits) for logits in (clean, backdoored, purified)}
+    if len(shapes) > 1 or not np.size(clean):
+        raise UserError(f"three models are compared by logits of the same images, not by logits of shapes {sorted(shapes)}")
     implanted = np.asarray(backdoored, np.float64) - clean
     moved = np.asarray(purified, np.float64) - backdoored
     size, remaining = catastrophic_forgetting(implanted), catastrophic_forgetting(implanted + moved)
@@ -65,29 +71,34 @@ def _over(part: float, whole: float) -> float:
 
 
 def by_layer(classifier: Classifier, models: Models, images: np.ndarray) -> dict[str, dict[str, float]]:
-    """Per convolution of the main path, `implanted`, `left` and `share` of its outputs, as in `Completeness`.
+    """Per layer that models are compared in, `implanted`, `left` and `share` of its outputs, as in `Completeness`.
 
-    Squared norms are over that of the clean model's own outputs there: layers have their own scales.
+    These are the convolutions but for shortcuts, in a ViT what each half of a block adds to its tokens. Squared norms are over
+    that of the clean model's own outputs there: layers have their own scales. UserError for a network without such layers.
     """
-    paths, totals = [pair.conv for pair in classifier.main_path], {}
-    given = parallel.replicate(tuple(models))
+    if not classifier.compared:
+        raise UserError("this network names no layers that models are compared in")
+    given, totals = parallel.replicate(tuple(models)), {}
     for (pixels,), count in parallel.blocks(BATCH, images):
-        found = parallel.gather(_squares(classifier.in_float32(), tuple(paths), given, pixels))
+        found = parallel.gather(_squares(classifier.in_float32(), given, pixels))
         for name, each in found.items():
             totals[name] = totals.get(name, 0.0) + np.asarray(each, np.float64)[:count].sum(0)
+    ordered = {name: totals[name] for name in map("/".join, classifier.compared)}  # `jit` sorts names
     return {
         name: {"implanted": _over(implanted, own), "left": _over(left, own), "share": _over(left, implanted)}
-        for name, (own, implanted, left) in totals.items()
+        for name, (own, implanted, left) in ordered.items()
     }
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _squares(classifier, paths, models, pixels):
+@partial(jax.jit, static_argnums=0)
+def _squares(classifier, models, pixels):
     """{layer: [N, 3]}: squared norms of the clean outputs, and of what the other two models' differ from them by."""
-    clean, backdoored, purified = (inside.look(classifier, each, parallel.shard(pixels), paths)[1] for each in models)
+    with jax.default_matmul_precision("float32"):
+        looks = [inside.look(classifier, each, parallel.shard(pixels), classifier.compared) for each in models]
+    clean, backdoored, purified = (layers for _, layers in looks)
 
     def norms(*tensors):
-        return jnp.stack([(each**2).sum((1, 2, 3)) for each in tensors], 1)
+        return jnp.stack([jnp.sum(each**2, range(1, each.ndim)) for each in tensors], 1)
 
     return {name: norms(own, backdoored[name] - own, purified[name] - own) for name, own in clean.items()}
 
@@ -117,7 +128,7 @@ def adversarial_rates(
 ) -> AdversarialRates:
     """Proposition 4.3's two conditions for x' [N, H, W, C] (float or uint8, 0..255) made from images of the classes `labels`.
 
-    `aims` [N] is the class that the attacker wants for each. Images of that class are left out.
+    `aims` [N] is the class that the attacker wants for each. Images of that class are left out; UserError where none remain.
     """
     chosen = np.flatnonzero(aims != labels)
     if not len(chosen):

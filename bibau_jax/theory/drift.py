@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bibau_jax import train
+from bibau_jax.errors import UserError
 from bibau_jax.models import Classifier
 from bibau_jax.theory import flow
 
@@ -38,6 +39,7 @@ def stream(
     ridge: float = 0.0,
     time: float = np.inf,
     step_size: float = 0.0,
+    cut: float = flow.CUT,
 ) -> list[np.ndarray]:
     """Outputs of all inputs before the tasks and after each of them, learned in turn by the linearised network (Eq. 4, 7).
 
@@ -46,12 +48,21 @@ def stream(
 
     Args:
       kernel: [N K, N K] over the inputs of all tasks and any others. start: outputs f_0 [N, K] of all of them.
-      ridge, time, step_size: of every task's training, as `flow.squared` takes them.
+      ridge, time, step_size, cut: of every task's training, as `flow.squared` takes them.
+
+    UserError for a task without inputs, and as for `flow.squared`.
     """
-    found, classes = [np.asarray(start, np.float64)], np.shape(start)[1]
+    found = [np.asarray(start, np.float64)]
     for rows, targets in tasks:
-        flat = (np.asarray(rows)[:, None] * classes + np.arange(classes)).reshape(-1)
+        if not len(rows):
+            raise UserError(f"task {len(found)} of the stream has no inputs")
+        flat = kernel_rows(rows, np.shape(start)[1])
         of = flow.spectrum(kernel[np.ix_(flat, flat)])
-        coefficients = flow.squared(of, found[-1][rows], targets, ridge=ridge, time=time, step_size=step_size)
+        coefficients = flow.squared(of, found[-1][rows], targets, ridge=ridge, time=time, step_size=step_size, cut=cut)
         found.append(flow.moved(kernel[:, flat], found[-1], coefficients))
     return found
+
+
+def kernel_rows(rows: np.ndarray, classes: int) -> np.ndarray:
+    """The rows of a kernel [N K, N K] that belong to the inputs at `rows` [n], [n K]."""
+    return (np.asarray(rows)[:, None] * classes + np.arange(classes)).reshape(-1)

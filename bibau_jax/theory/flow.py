@@ -12,6 +12,8 @@ from scipy import integrate, special
 
 from bibau_jax.errors import UserError
 
+CUT = 1e-6  # eigenvalues below this share of the largest are rounding: kernels come from float32 Jacobians
+
 
 class Spectrum(NamedTuple):
     """A kernel's eigenvalues [m], ascending and not negative, and its eigenvectors [m, m] in columns; float64."""
@@ -21,10 +23,16 @@ class Spectrum(NamedTuple):
 
 
 def spectrum(kernel: np.ndarray) -> Spectrum:
-    """The eigendecomposition of a symmetric kernel [m, m] in float64; negative eigenvalues, which are rounding, become 0."""
+    """The eigendecomposition of a symmetric kernel [m, m] in float64; negative eigenvalues, which are rounding, become 0.
+
+    UserError for a kernel that is empty, not finite or not symmetric.
+    """
     kernel = np.asarray(kernel, np.float64)
+    if not np.isfinite(kernel).all():
+        raise UserError("the kernel holds numbers that are not finite")
     if (
         kernel.ndim != 2
+        or not kernel.size
         or kernel.shape[0] != kernel.shape[1]
         or not np.allclose(kernel, kernel.T, atol=1e-4 * np.abs(kernel).max())
     ):
@@ -34,27 +42,36 @@ def spectrum(kernel: np.ndarray) -> Spectrum:
 
 
 def squared(
-    of: Spectrum, start: np.ndarray, targets: np.ndarray, *, time: float = np.inf, ridge: float = 0.0, step_size: float = 0.0
+    of: Spectrum,
+    start: np.ndarray,
+    targets: np.ndarray,
+    *,
+    time: float = np.inf,
+    ridge: float = 0.0,
+    step_size: float = 0.0,
+    cut: float = CUT,
 ) -> np.ndarray:
     """The coefficients a [n, K] after gradient flow for `time` on |f - y|^2 / 2, in closed form.
 
     a = (1 - exp(-(K + ridge) t)) (K + ridge)^-1 (y - f_0). At infinite time this is kernel regression, by the pseudo-inverse
-    where there is no ridge: eigenvalues below 1e-10 of the largest are left out.
+    where there is no ridge.
 
     Args:
       start: outputs f_0 [n, K] of the training inputs. targets: y [n, K], e.g. centred one-hot rows.
       ridge: weight of |theta - theta_0|^2 / 2 beside the loss.
       step_size: above 0, gradient descent by time / step_size such steps instead of the flow.
+      cut: at infinite time, eigenvalues of K + ridge below this share of the largest are left out.
+
+    UserError for shapes that do not fit the kernel, a negative time or ridge, and a step that is negative, not below one over
+    the largest eigenvalue, or not contained in the time a whole number of times.
     """
-    _check(of.values.size, start, targets, time)
-    if ridge < 0:
+    if not ridge >= 0:
         raise UserError(f"ridge={ridge} must not be negative")
     values = of.values + ridge
-    if step_size * values.max(initial=0.0) >= 1:
-        raise UserError(f"step_size must stay below {1 / values.max():.3g}, one over the kernel's largest eigenvalue")
+    _check(values, start, targets, time, step_size)
     # A step of gradient descent multiplies what is left by 1 - step_size * value, a flow as long by exp(-step_size * value).
     rates = -np.log1p(-step_size * values) / step_size if step_size else values
-    known = values > 1e-10 * values.max(initial=0.0)
+    known = values > (0.0 if np.isfinite(time) else cut * values.max())
     safe = np.where(known, values, 1.0)
     slow = time if np.isfinite(time) else 0.0
     grown = np.where(known, -np.expm1(-np.where(known, rates, 1.0) * time) / safe, slow)
@@ -68,9 +85,11 @@ def cross_entropy(
     """The coefficients a [n, K] after gradient flow for `time` on the summed cross-entropy, integrated numerically.
 
     da/dt = onehot(y) - softmax(f_0 + K a), by an adaptive Runge-Kutta method; with `step_size`, by gradient descent instead.
+    `labels` [n] are 0..K-1. UserError as for `squared` and `spectrum`, and for an infinite time, labels out of that range, or a
+    flow that cannot be followed.
     """
-    shape, truth = np.shape(start), np.eye(np.shape(start)[1])[labels]
-    _check(len(kernel), start, truth, time)
+    shape, truth = np.shape(start), one_hot(labels, np.shape(start)[-1])
+    _check(spectrum(kernel).values, start, truth, time, step_size)
     if not np.isfinite(time):
         raise UserError("cross-entropy has no end of its flow: give a finite time")
 
@@ -90,15 +109,22 @@ def cross_entropy(
     return found.y[:, -1].reshape(shape)
 
 
-def _check(size: int, start: np.ndarray, targets: np.ndarray, time: float) -> None:
-    """Raises `UserError` unless `start` and `targets` are of one shape with `size` numbers, and the time is not negative."""
-    if np.shape(start) != np.shape(targets) or np.size(start) != size:
+def _check(values: np.ndarray, start: np.ndarray, targets: np.ndarray, time: float, step_size: float) -> None:
+    """Raises `UserError` unless outputs and targets fit the kernel with these eigenvalues, and so do the time and its steps."""
+    if np.shape(start) != np.shape(targets) or np.size(start) != len(values):
         raise UserError(
             f"outputs {list(np.shape(start))} and targets {list(np.shape(targets))} must be of one shape, with as many "
-            f"numbers as the kernel has rows, {size}"
+            f"numbers as the kernel has rows, {len(values)}"
         )
     if not time >= 0:
         raise UserError(f"time={time} must not be negative")
+    if not 0 <= step_size < np.inf:
+        raise UserError(f"step_size={step_size} must be finite and not negative")
+    if step_size * values.max() >= 1:
+        raise UserError(f"step_size must stay below {1 / values.max():.3g}, one over the kernel's largest eigenvalue")
+    steps = time / step_size if step_size and np.isfinite(time) else 0
+    if abs(steps - round(steps)) > 1e-6 * steps:
+        raise UserError(f"time={time:g} is no whole number of steps of step_size={step_size:g}")
 
 
 def moved(block: np.ndarray, start: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
@@ -106,6 +132,14 @@ def moved(block: np.ndarray, start: np.ndarray, coefficients: np.ndarray) -> np.
     return np.asarray(start, np.float64) + (block @ coefficients.reshape(-1)).reshape(np.shape(start))
 
 
+def one_hot(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """1 for the true class and 0 for the others, float64 [n, K]; UserError unless `labels` [n] are 0..K-1."""
+    found = (np.asarray(labels)[..., None] == np.arange(num_classes)).astype(np.float64)
+    if found.ndim != 2 or not found.any(1).all():
+        raise UserError(f"labels must be one whole number from 0 to {num_classes - 1} for each image")
+    return found
+
+
 def centred_one_hot(labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """Targets for the squared loss: 1 - 1/K for the true class and -1/K for the others, [n, K]."""
-    return np.eye(num_classes)[labels] - 1 / num_classes
+    """Targets for the squared loss: 1 - 1/K for the true class and -1/K for the others, [n, K]; errors as `one_hot`."""
+    return one_hot(labels, num_classes) - 1 / num_classes

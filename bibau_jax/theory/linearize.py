@@ -38,9 +38,19 @@ def descend(
     """The variables of the network itself after `steps` of gradient descent on all images at once, evaluation mode.
 
     `loss` is "squared" (|f - y|^2 / 2, `targets` [n, K]) or "cross_entropy" (`targets` labels [n]), summed over images.
+    UserError for another loss, no images, targets that do not fit them, a step size that is not positive, or steps below 0.
     """
     if loss not in LOSSES:
         raise UserError(f'loss "{loss}" is unknown; choose one of {", ".join(LOSSES)}')
+    classes = classifier.num_classes
+    rows = np.shape(flow.one_hot(targets, classes) if loss == "cross_entropy" else targets)
+    if not len(images) or rows != (len(images), classes):
+        raise UserError(
+            f"training on n images takes targets [n, {classes}], or n labels for the cross-entropy, not "
+            f"{list(np.shape(targets))} for {len(images)}"
+        )
+    if not 0 < step_size < np.inf or steps < 0:
+        raise UserError(f"step_size={step_size} must be positive and finite, steps={steps} not negative")
     targets = np.asarray(targets, np.int32 if loss == "cross_entropy" else np.float32)
     size = parallel.padded(len(images))
     weights = (np.arange(size) < len(images)).astype(np.float32)

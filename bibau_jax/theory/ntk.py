@@ -41,14 +41,19 @@ def kernel(
       chunk: images whose Jacobians are made at a time on a device; 1 is fastest on a CPU, 16 or more on a GPU.
       gigabytes: 10^9 bytes that kernel and Jacobians may take together, half of them for Jacobians.
 
-    UserError before anything is computed where that is too little, with what it would take.
+    UserError before anything is computed where that is too little, with what it would take; for no images, a readout of another
+    shape, or a chunk below 1.
     """
     readout = np.eye(classifier.num_classes) if readout is None else np.asarray(readout)
+    parts = [images] if others is None else [images, others]
+    if not all(map(len, parts)) or chunk < 1:
+        raise UserError(f"a tangent kernel needs images, and chunk={chunk} to be at least 1")
+    if readout.ndim != 2 or len(readout) != classifier.num_classes or not readout.size:
+        raise UserError(f"a readout must be [{classifier.num_classes}, R], not {list(readout.shape)}")
     sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"])]
-    rows = [len(part) * readout.shape[1] for part in (images, images if others is None else others)]
+    rows = [len(part) * readout.shape[1] for part in (parts[0], parts[-1])]
     columns = _columns(sum(sizes), rows, others is None, gigabytes)
     ends = range(columns, sum(sizes) + columns, columns)
-    parts = [images] if others is None else [images, others]
     given = parallel.replicate((dict(variables), np.asarray(readout, np.float32)))
     total = np.zeros(rows)
     steps = len(ends) * sum(len(_starts(part, chunk)) for part in parts)
@@ -69,8 +74,9 @@ def _columns(parameters: int, rows: list[int], symmetric: bool, gigabytes: float
     kept, width = 12 * rows[0] * rows[1], 4 * (rows[0] if symmetric else sum(rows))  # bytes; of a column
     needed = 2 * max(kept, width * -(-parameters // MOST_PASSES)) / 1e9
     if needed > gigabytes:
+        told = np.format_float_positional(needed, precision=3, fractional=False, trim="-")
         raise UserError(
-            f"a tangent kernel of {rows[0]} x {rows[1]} rows over {parameters} parameters needs at least {needed:.1f} GB, "
+            f"a tangent kernel of {rows[0]} x {rows[1]} rows over {parameters} parameters needs at least {told} GB, "
             f"more than the {gigabytes:g} GB allowed; take fewer images, one output (ntk.mean_logit), or theory.products"
         )
     return min(parameters, int(gigabytes * 1e9 / 2 / width))

@@ -10,25 +10,41 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bibau_jax import keys
+from bibau_jax import keys, parallel
 from bibau_jax.data import ImageSet
 from bibau_jax.errors import UserError
 from bibau_jax.method.terms import cross_entropy
 from bibau_jax.models import Classifier, inside
 from bibau_jax.models.classifier import at
 
+BATCH = 250
 SWEEP = np.round(np.arange(0.1, 3.0, 0.1), 1)  # w: how much of the mean activation is added
 BASELINES = 16  # clean activations that attributions are taken against
 
 
-@partial(jax.jit, static_argnames="classifier")
-def _gradient(classifier, variables, pixels, labels):
-    """The gradient of the mean cross-entropy with respect to all parameters, BatchNorm in evaluation mode."""
+def descent(classifier: Classifier, variables, images: ImageSet):
+    """The negative gradient of the mean cross-entropy over all images, evaluation mode, float32 on the host.
 
-    def loss(params):
-        return cross_entropy(classifier.apply(variables | {"params": params}, pixels).logits, labels).mean()
+    UserError for no images.
+    """
+    if not len(images):
+        raise UserError("a task's gradient needs images")
+    total, placed = None, parallel.replicate(dict(variables))
+    for (pixels, labels, weights), _ in parallel.blocks(BATCH, images.images, images.labels, np.ones(len(images), np.float32)):
+        found = _pulled(classifier.in_float32(), placed, pixels, labels, weights / len(images))
+        total = found if total is None else jax.tree.map(jnp.add, total, found)
+    return jax.device_get(total)
 
-    return jax.grad(loss)(variables["params"])
+
+@partial(jax.jit, static_argnums=0)
+def _pulled(classifier, variables, pixels, labels, weights):
+    pixels, labels, weights = parallel.shard((pixels, labels, weights))
+
+    def likelihood(params):
+        return -(weights * cross_entropy(classifier.apply(variables | {"params": params}, pixels).logits, labels)).sum()
+
+    with jax.default_matmul_precision("float32"):
+        return jax.grad(likelihood)(variables["params"])
 
 
 def _kernels(classifier: Classifier, grads) -> np.ndarray:
@@ -48,7 +64,8 @@ def orthogonality(
     """The angle in degrees between the clean task's and the backdoor task's gradients: (of their magnitudes, signed).
 
     `clean` has true labels, `triggered` the attacker's. Mean over distinct batches of `batch_size`, one of each set. The
-    magnitudes are the published code's form: independent gradients give 50 to 70 degrees there, 90 signed.
+    magnitudes are the published code's form: independent gradients give 50 to 70 degrees there, 90 signed. UserError where one
+    of the sets is empty.
     """
     if not len(clean) or not len(triggered):
         raise UserError("orthogonality needs clean and triggered images")
@@ -56,7 +73,7 @@ def orthogonality(
     absolute, signed = [], []
     for begin in range(0, min(len(clean), len(triggered)) - size + 1, size):
         parts = (part.take(slice(begin, begin + size)) for part in (clean, triggered))
-        one, other = (_kernels(classifier, _gradient(classifier, variables, part.images, part.labels)) for part in parts)
+        one, other = (_kernels(classifier, descent(classifier, variables, part)) for part in parts)
         absolute.append(angle(np.abs(one), np.abs(other)))
         signed.append(angle(one, other))
     return float(np.mean(absolute)), float(np.mean(signed))
@@ -124,8 +141,10 @@ def linearity(
     The trigger's channels are the `share` (at least one) with the largest attribution to the class that `aims` holds. The
     published code takes SHAP's DeepExplainer and blocks too; this one takes expected gradients against BASELINES clean images,
     and norms alone. Any smooth response is nearly straight: only what exceeds the random channels means something.
-    `layers` takes the last ones, 0 all.
+    `layers` takes the last ones, 0 all. UserError for a network without norms behind convolutions.
     """
+    if not classifier.main_path:
+        raise UserError("linearity is measured behind the norms of convolutions, and this network has none")
     aims, result = jnp.asarray(aims, jnp.int32), {}
     weights = jnp.asarray(SWEEP, jnp.float32)
     for pair in classifier.main_path[-layers:]:

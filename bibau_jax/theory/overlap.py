@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bibau_jax.theory import flow
-
-CUT = 1e-6  # eigenvalues below this share of the largest are rounding: kernels come from float32 Jacobians
+from bibau_jax.errors import UserError
+from bibau_jax.theory import drift, flow
 
 
 class Overlap(NamedTuple):
@@ -20,7 +19,7 @@ class Overlap(NamedTuple):
     `frobenius`: |O|_F^2 over the smaller rank, the mean squared cosine. `spectral`: |O|_2, the largest cosine.
     `angle`: mean principal angle in degrees, 0..90. `energy`: the share of the first task's squared gradients that lies in the
     second's tangent space, sum_i sigma_i^2 |O_i|^2 / sum_i sigma_i^2. `cosines`: all singular values, descending.
-    `ranks`: how many directions each task has above CUT.
+    `ranks`: how many directions each task has above the cut.
     """
 
     frobenius: float
@@ -31,47 +30,69 @@ class Overlap(NamedTuple):
     ranks: tuple[int, int]
 
 
-def matrix(first: np.ndarray, second: np.ndarray, between: np.ndarray, *, cut: float = CUT) -> np.ndarray:
+def matrix(first: np.ndarray, second: np.ndarray, between: np.ndarray, *, cut: float = flow.CUT) -> np.ndarray:
     """The overlap matrix O, float64 [rank of the first, rank of the second], by descending eigenvalues.
 
-    `first` and `second` are the kernels of each task with itself, `between` that of the first with the second.
+    `first` and `second` are the kernels of each task with itself, `between` that of the first with the second. Directions count
+    whose eigenvalue is above `cut` times the largest. UserError for kernels that are zero, or not symmetric and finite.
     """
-    (values, vectors), (others, axes) = _kept(first, cut), _kept(second, cut)
-    return (vectors.T @ np.asarray(between, np.float64) @ axes) / np.sqrt(np.outer(values, others))
+    return _matrix(_kept(first, cut), _kept(second, cut), between)
 
 
-def overlap(first: np.ndarray, second: np.ndarray, between: np.ndarray, *, cut: float = CUT) -> Overlap:
-    """The scalars of `matrix`; cosines that rounding puts above 1 are taken as 1."""
-    found = matrix(first, second, between, cut=cut)
+def _matrix(one: flow.Spectrum, other: flow.Spectrum, between: np.ndarray) -> np.ndarray:
+    shared = one.vectors.T @ np.asarray(between, np.float64) @ other.vectors
+    return shared / np.sqrt(np.outer(one.values, other.values))
+
+
+def overlap(first: np.ndarray, second: np.ndarray, between: np.ndarray, *, cut: float = flow.CUT) -> Overlap:
+    """The scalars of `matrix`, with its errors; cosines that rounding puts above 1 are taken as 1."""
+    one, other = _kept(first, cut), _kept(second, cut)
+    found = _matrix(one, other, between)
     cosines = np.clip(np.linalg.svd(found, compute_uv=False), 0.0, 1.0)
-    values = _kept(first, cut).values
     shares = np.minimum((found**2).sum(1), 1.0)
     return Overlap(
         frobenius=float(np.mean(cosines**2)),
         spectral=float(cosines[0]),
         angle=float(np.degrees(np.arccos(cosines)).mean()),
-        energy=float(values @ shares / values.sum()),
+        energy=float(one.values @ shares / one.values.sum()),
         cosines=cosines,
         ranks=found.shape,
     )
 
 
 def forgetting_bound(
-    first: np.ndarray, found: np.ndarray, second: np.ndarray, residual: np.ndarray, *, cut: float = CUT
+    kernel: np.ndarray,
+    tasks: list[drift.Task],
+    outputs: list[np.ndarray],
+    *,
+    ridge: float = 0.0,
+    cut: float = flow.CUT,
 ) -> float:
-    """An upper bound on the catastrophic forgetting of the first task when the second is fitted to the end.
+    """An upper bound on the catastrophic forgetting (Eq. 6) of the first task of a stream by all later ones, from overlaps.
 
-    (sigma_1 |O|_2 |Sigma_k^-1 U_k^T y~|)^2, from the overlap matrix `found` and the residual y~ [n, K] that the second task
-    meets.
+    (sigma_1 sum_k |O_k|_2 |M_k y~_k|)^2 with M_k = Sigma_k (Sigma_k^2 + ridge)^-1 U_k^T (after Doan et al., 2021), O_k the
+    overlap of the first task with task k, and y~_k the residual that task k finds. It holds for tasks learned for any time.
+
+    Args:
+      kernel, tasks, ridge: what `drift.stream` was given. outputs: what it returned.
+      cut: directions below this share of a kernel's largest eigenvalue do not count. UserError as for `matrix`.
     """
-    (values, _), (others, axes) = _kept(first, cut), _kept(second, cut)
-    pushed = (axes.T @ np.asarray(residual, np.float64).reshape(-1)) / np.sqrt(others)
-    return float(values[0] * np.linalg.norm(found, 2) ** 2 * (pushed @ pushed))
+    rows = [drift.kernel_rows(task.rows, outputs[0].shape[1]) for task in tasks]
+    first, reach = _kept(kernel[np.ix_(rows[0], rows[0])], cut), 0.0
+    for own, task, found in zip(rows[1:], tasks[1:], outputs[1:-1], strict=True):
+        later = _kept(kernel[np.ix_(own, own)], cut)
+        shared = _matrix(first, later, kernel[np.ix_(rows[0], own)])
+        residual = later.vectors.T @ (task.targets - found[task.rows]).reshape(-1)
+        pushed = np.sqrt(later.values) / (later.values + ridge) * residual
+        reach += np.linalg.norm(shared, 2) * np.linalg.norm(pushed)
+    return float(first.values[0] * reach**2)
 
 
 def _kept(kernel: np.ndarray, cut: float) -> flow.Spectrum:
     """The eigenvalues above `cut` times the largest, descending, with their eigenvectors."""
     of = flow.spectrum(kernel)
+    if not 0 <= cut < 1 or of.values[-1] == 0:
+        raise UserError(f"an overlap needs kernels that are not zero, and 0 <= cut < 1, not cut={cut:g}")
     above = np.flatnonzero(of.values > cut * of.values[-1])[::-1]
     return flow.Spectrum(of.values[above], of.vectors[:, above])
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bibau_jax import parallel
+from bibau_jax.errors import UserError
 from bibau_jax.models import Classifier
 
 BATCH = 128
@@ -28,8 +29,11 @@ def recalibrated(classifier: Classifier, variables, images: np.ndarray) -> dict:
     """The variables with running statistics of their own on clean uint8 images [N, H, W, C].
 
     Statistics between two models are those of neither; they are brought up to date by UPDATES forward passes in train mode.
+    UserError for fewer images than there are devices.
     """
     size = parallel.batch_of(min(BATCH, len(images)))
+    if len(images) < size:
+        raise UserError(f"new statistics need at least {size} images, there are {len(images)}")
     starts = range(0, len(images) - size + 1, size)
     for begin in itertools.islice(itertools.cycle(starts), UPDATES):
         batch = parallel.replicate(images[begin : begin + size])

@@ -47,10 +47,17 @@ PREDICTED = {
 
 
 def predicted(unlearning: str, *, tilt: float = 0.0, turn: float = 0.0) -> Drifts:
-    """The drifts that are left by formula; angles in degrees. For the names and their tasks see `measured`."""
+    """The drifts that are left by formula; angles in degrees. For the names and their tasks see `measured`.
+
+    UserError for a name that is not among PREDICTED.
+    """
+    _check(unlearning)
+    return Drifts(*map(float, PREDICTED[unlearning](*np.radians([tilt, turn]))))
+
+
+def _check(unlearning: str) -> None:
     if unlearning not in PREDICTED:
         raise unknown("unlearning task", unlearning, PREDICTED)
-    return Drifts(*map(float, PREDICTED[unlearning](*np.radians([tilt, turn]))))
 
 
 def measured(unlearning: str, *, tilt: float = 0.0, turn: float = 0.0, count: int = COUNT, seed: int = 0) -> Drifts:
@@ -59,8 +66,9 @@ def measured(unlearning: str, *, tilt: float = 0.0, turn: float = 0.0, count: in
     The third task's targets are what the clean model says of its inputs (Proposition 4.3). Its inputs have the features:
     "clean" c_i, as fine-tuning; "orthogonal" e_i, orthogonal to the clean task (Proposition 4.2, second condition);
     "orthogonal_and_clean" both; "parallel" cos(turn) b_i + sin(turn) g_i with g_i foreign to both tasks (first condition);
-    "nothing" has none.
+    "nothing" has none. UserError for a name that is not among PREDICTED.
     """
+    _check(unlearning)
     features = _features(tilt, turn, count, seed)
     inputs = np.concatenate(list(features.values()))
     rows = {name: np.arange(count) + index * count for index, name in enumerate(features)}

@@ -1,21 +1,14 @@
 """Proposition 4.2 along a purification: which way the weights go, beside learning the backdoor and learning the clean task."""
 
 from collections.abc import Iterable
-from functools import partial
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from bibau_jax import parallel
 from bibau_jax.data import ImageSet
-from bibau_jax.errors import UserError
-from bibau_jax.method.terms import cross_entropy
 from bibau_jax.models import Classifier
-from bibau_jax.theory.orthogonality import angle
-
-BATCH = 250
+from bibau_jax.theory.orthogonality import angle, descent
 
 
 class Directions(NamedTuple):
@@ -35,27 +28,6 @@ def directions(classifier: Classifier, clean_twin, backdoored, clean: ImageSet, 
     """The directions at the backdoored model; `triggered` has the attacker's labels, neither set was trained on."""
     pulls = (descent(classifier, backdoored, part) for part in (triggered, clean))
     return Directions(*pulls, difference(clean_twin["params"], backdoored["params"]))
-
-
-def descent(classifier: Classifier, variables, images: ImageSet):
-    """The negative gradient of the mean cross-entropy over all images, evaluation mode, float32 on the host."""
-    if not len(images):
-        raise UserError("a task's gradient needs images")
-    total, placed = None, parallel.replicate(dict(variables))
-    for (pixels, labels, weights), _ in parallel.blocks(BATCH, images.images, images.labels, np.ones(len(images), np.float32)):
-        found = _pulled(classifier.in_float32(), placed, pixels, labels, weights / len(images))
-        total = found if total is None else jax.tree.map(jnp.add, total, found)
-    return jax.device_get(total)
-
-
-@partial(jax.jit, static_argnums=0)
-def _pulled(classifier, variables, pixels, labels, weights):
-    pixels, labels, weights = parallel.shard((pixels, labels, weights))
-
-    def likelihood(params):
-        return -(weights * cross_entropy(classifier.apply(variables | {"params": params}, pixels).logits, labels)).sum()
-
-    return jax.grad(likelihood)(variables["params"])
 
 
 def difference(start, end):
