@@ -202,6 +202,8 @@ def picture(runs: list[dict], path: Path) -> Path | None:
 
     None where no run was measured with the states on the way.
     """
+    from matplotlib.ticker import LogLocator
+
     groups = {attack: max(group, key=_states) for attack, group in _groups(runs).items() if max(map(_states, group)) > 1}
     if not groups:
         return None
@@ -222,8 +224,8 @@ def picture(runs: list[dict], path: Path) -> Path | None:
             axes[place][0].set(ylabel=f"degrees {HEADS[angle]}\n(dotted: asked)")
         axes[2][column].axhline(1, color="#1c1d1f", linestyle=":", linewidth=1)
         axes[2][column].set(yscale="log")
-        for axis_of in (axes[2][column].yaxis.set_major_formatter, axes[2][column].yaxis.set_minor_formatter):
-            axis_of("{x:g}")
+        axes[2][column].yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes[2][column].yaxis.set(major_formatter="{x:g}", minor_formatter="")
         axes[2][column].set_xticks(range(len(layers)), list(layers), rotation=70, fontsize=7)
         axes[2][0].set(ylabel="left of the drift,\ntriggered images, by layer")
         axes[0][column].set_title(words.attack(attack), loc="left")
