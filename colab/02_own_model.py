@@ -100,8 +100,7 @@ np.savez(FOLDER / "clean.npz", images=test.images, labels=test.labels)
 #
 # The network is told by the names and shapes in the file, and how its pixels are scaled by trying the usual scalings on the
 # clean images. So for your own model take `settings = {}`. The settings below are needed because digits are not photographs:
-# a shortened ResNet-18 looks like a ResNet-20, the scaling is an unusual one, and it takes large changes to make one digit
-# look like another.
+# a shortened ResNet-18 looks like a ResNet-20, the scaling is an unusual one, and so few small images need other steps.
 
 # %%
 WEIGHTS = FOLDER / "suspect.pth"
