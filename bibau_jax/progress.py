@@ -10,6 +10,7 @@ _FIRST_SECONDS = 2.0
 _LINE_SECONDS = 10.0  # between plain lines, at first
 _LINE_SHARE = 0.05  # of the time that a loop has run, between its plain lines later: a day's work leaves no heap of them
 _REDRAW_SECONDS = 0.2  # of a bar on a terminal
+_MANY = 50  # units: a loop of more tells no rate after the first alone, which holds compilation
 
 _lock = threading.RLock()
 _screen = None  # the one rich display that all bars on a terminal share
@@ -41,8 +42,11 @@ class Bar:
             since, done = self._first
         return (self._done - done) / max(time.perf_counter() - since, 1e-9)
 
+    def _is_starting(self) -> bool:
+        return self._first is None or (self._first[1] == self._done and self._total - self._start > _MANY)
+
     def _status(self) -> str:
-        if self._first is None and not self._ended.is_set():
+        if not self._ended.is_set() and self._is_starting():
             return f"starting (compiling), {_duration(time.perf_counter() - self._begin)} so far"
         rate = self._rate()
         parts = [f"{rate:.3g} {self._unit}/s"]

@@ -60,9 +60,17 @@ def test_without_a_terminal_lines_are_sparse_and_the_last_one_tells_the_total_ti
             b.advance(loss=jnp.float32(i))
     found = lines(capsys)
     assert 2 <= len(found) <= 4
-    told = r"train: \d+/20 steps \(\d+ %\), ([\d.]+ step/s, [\d.]+ s left, loss \d+|starting \(compiling\), [\d.]+ s so far)"
+    told = r"train: \d+/20 steps \(\d+ %\), ([\d.]+ step/s, ([\d.]+ s left, )?loss \d+|starting \(compiling\), [\d.]+ s so far)"
     assert all(re.fullmatch(told, line) for line in found[:-1])
     assert re.fullmatch(r"train: 20 steps in 0\.\d s, [\d.]+ step/s, loss 19", found[-1])
+
+
+@pytest.mark.parametrize(("total", "told"), [(100, r"starting \(compiling\)"), (5, r"[\d.]+ step/s, [\d.]+ s left")])
+def test_the_first_of_many_steps_tells_no_time_left_for_it_holds_compilation(capsys, quick, total, told):
+    with bar(total, "fit") as b:
+        b.advance()
+        time.sleep(0.4)
+    assert any(re.match(rf"fit: 1/{total} steps \(\d+ %\), {told}", line) for line in lines(capsys))
 
 
 def test_the_longer_a_loop_runs_the_rarer_its_lines(capsys, quick, monkeypatch):
