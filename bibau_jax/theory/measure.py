@@ -97,7 +97,7 @@ def tangent_overlaps(scene: Scene, name: str, count: int) -> dict:
     """The overlap of clean test images' tangent space with that of other images, `count` of each kind, all logits.
 
     `triggered` other images with the trigger; `same_triggered` the same ones with the trigger; `ceiling` other clean images;
-    `floor` other images with their pixels shuffled.
+    `floor` other images with their pixels shuffled. UserError for fewer than `4 count` test images outside the target class.
     """
     rest = np.flatnonzero(scene.aims != scene.test.labels)
     if len(rest) < 4 * count:
