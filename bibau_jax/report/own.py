@@ -238,7 +238,7 @@ def unknown(record) -> list[str]:
     if not record.config["verify"]["trigger"]:
         told.append(
             "Nobody gave the real trigger. The inverted one stands in for it: it is what the scan could make, and may be "
-            "another shortcut of the network."
+            "another shortcut of the network. It has happened that this one was gone for good and the real one came back."
         )
     after = words.purified(record)
     rates = [after.extra.get(begin + name) for begin in TRIGGERS for name in ("r_asr", "q_asr")] if after is not None else []
