@@ -16,17 +16,17 @@ SQUARE = {"attack.badnets.variant": "square", "attack.badnets.size": 4}
 OWN = {"attack_form": "margin", "lambda_kd": 0.1, "iewc_form": "neg_log", "lambda_iewc": 1.0}
 
 
-def bound(norm, epsilon, share=0.5):
-    """Settings for a bound, with a step of that share of it."""
-    return {"pgd.norm": norm, "pgd.epsilon": epsilon, "pgd.step_size": share * epsilon}
+def within(epsilon):
+    """Settings for a bound in L1, with a step of half of it."""
+    return {"pgd.norm": "l1", "pgd.epsilon": epsilon, "pgd.step_size": epsilon / 2}
 
 
 VARIANTS = {
     "l2_50": OWN,
-    "l1_800": OWN | bound("l1", 800.0),
-    "l1_1500": OWN | bound("l1", 1500.0),
-    "l1_1500_at": {"name": "base_at"} | OWN | bound("l1", 1500.0),
-    "l1_3000": OWN | bound("l1", 3000.0),
+    "l1_800": OWN | within(800.0),
+    "l1_1500": OWN | within(1500.0),
+    "l1_1500_at": {"name": "base_at"} | OWN | within(1500.0),
+    "l1_3000": OWN | within(3000.0),
 }
 
 
