@@ -29,7 +29,7 @@ from speed import machine
 
 from bibau_jax import keys, parallel
 from bibau_jax.defenses import i_bau, inversion, sau
-from bibau_jax.defenses.bibau import Perturbation
+from bibau_jax.method.settings import Perturbation
 
 ATTACK = {"epsilon": 51.0, "step_size": 51.0, "steps": 5}
 LAMBDAS = {"lambda_adversarial": 0.01, "lambda_shared": 1.0}

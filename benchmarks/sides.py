@@ -12,6 +12,7 @@ import numpy as np
 
 from bibau_jax import keys, models, parallel, train
 from bibau_jax.defenses import bibau
+from bibau_jax.defenses.adversarial import e_step
 from bibau_jax.information import diagonal_fisher
 from bibau_jax.method.terms import cross_entropy
 
@@ -72,7 +73,7 @@ class Ours:
     def __init__(self, case: Case):
         self.optimizer = train.sgd(lambda step: LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
         shared = {"classifier": case.classifier, "target": None, "perturbation": case.perturbation}
-        self._attack = {w: jax.jit(partial(bibau.e_step, weights=w, **shared)) for w in (case.weights, BASE_AT)}
+        self._attack = {w: jax.jit(partial(e_step, weights=w, **shared)) for w in (case.weights, BASE_AT)}
         options = {"optimizer": self.optimizer, "weights": case.weights, "padding": case.padding, "flip": bool(case.padding)}
         self._step = jax.jit(partial(bibau.step, **options, **shared), donate_argnums=0)
         self._gradient = jax.jit(jax.grad(self._loss))

@@ -35,7 +35,7 @@ import numpy as np
 import sides
 
 from bibau_jax import parallel
-from bibau_jax.defenses.bibau import Perturbation
+from bibau_jax.method.settings import Perturbation
 
 WORKS = ("inner", "inner_base_at", "outer", "fisher", "gradient")
 ABSENT = "PyTorch is not installed: only ours was measured, ratios against the twin are null"

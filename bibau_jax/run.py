@@ -11,11 +11,11 @@ import numpy as np
 
 from bibau_jax import attacks, checkpoint, data, defenses, keys, models, parallel, progress, records, train
 from bibau_jax.data import own, splits
-from bibau_jax.defenses.bibau import Perturbation
 from bibau_jax.errors import UserError
 from bibau_jax.importers.pretrained import begin
 from bibau_jax.importers.suspect import Suspect, bring, counted
 from bibau_jax.importers.torch_file import sha256
+from bibau_jax.method.settings import Perturbation
 from bibau_jax.metrics import cost
 from bibau_jax.models import own_file
 

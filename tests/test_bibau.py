@@ -11,6 +11,15 @@ import pytest
 from bibau_jax import keys, train
 from bibau_jax.data import ImageSet
 from bibau_jax.defenses import bibau
+from bibau_jax.defenses.adversarial import (
+    FACTORS,
+    adversarial_objective,
+    attack_images,
+    balanced_gradient,
+    clean_references,
+    e_step,
+    sufficient,
+)
 from bibau_jax.method import ewc, settings, terms
 from tests import regenerate
 
@@ -60,8 +69,8 @@ def names(history):
 
 def objective(images, labels, moved, backdoored, tiny, target, weights):
     options = {"classifier": tiny, "weights": weights}
-    fixed = bibau.clean_references(images[0], moved, backdoored, **options)
-    return bibau.adversarial_objective(images[1], fixed, labels, moved, backdoored, target=target, **options)
+    fixed = clean_references(images[0], moved, backdoored, **options)
+    return adversarial_objective(images[1], fixed, labels, moved, backdoored, target=target, **options)
 
 
 @pytest.mark.parametrize("target", [None, 3])
@@ -70,7 +79,7 @@ def test_the_e_step_raises_its_objective_within_the_bound(tiny, tiny_variables, 
     images, labels = jnp.asarray(clean.images, jnp.float32), jnp.asarray(clean.labels)
     perturbation = L2 if norm == "l2" else bibau.Perturbation("linf", 30.0, 10.0, 2)
     shared = {"classifier": tiny, "target": target, "weights": ALL}
-    run = jax.jit(partial(bibau.e_step, perturbation=perturbation, **shared))
+    run = jax.jit(partial(e_step, perturbation=perturbation, **shared))
     adversarial = run(images, labels, moved, tiny_variables, keys.root(0))
     before, after = (objective((images, x), labels, moved, tiny_variables, tiny, target, ALL)[0] for x in (images, adversarial))
     attacked = np.ones(40, bool) if target is None else clean.labels != target
@@ -117,15 +126,15 @@ def test_balanced_the_two_models_pull_with_lengths_that_do_not_depend_on_how_sur
     def slope(weights, backdoored):
         return jax.grad(lambda x: objective((images, x), labels, moved, backdoored, tiny, target, weights)[0].sum())(changed)
 
-    fixed = bibau.clean_references(images, moved, tiny_variables, classifier=tiny, weights=weights)
-    found = bibau.balanced_gradient(changed, fixed, labels, moved, tiny_variables, **given)
+    fixed = clean_references(images, moved, tiny_variables, classifier=tiny, weights=weights)
+    found = balanced_gradient(changed, fixed, labels, moved, tiny_variables, **given)
     attack = slope(weights._replace(kd=0.0, prior=0.0), tiny_variables)
     both = slope(weights, tiny_variables)
     np.testing.assert_allclose(found, unit(attack) + 0.3 * unit(both - attack), atol=2e-4)
     # A backdoored model ten times as sure of itself: its head's outputs are ten times as large, all else is as it was.
     head = jax.tree.map(lambda leaf: 10 * leaf, tiny_variables["params"]["head"])
     sure = tiny_variables | {"params": tiny_variables["params"] | {"head": head}}
-    np.testing.assert_allclose(bibau.balanced_gradient(changed, fixed, labels, moved, sure, **given), found, atol=2e-4)
+    np.testing.assert_allclose(balanced_gradient(changed, fixed, labels, moved, sure, **given), found, atol=2e-4)
     assert np.abs(slope(weights, sure) - both).max() > 0.1 * np.abs(both).max()
 
 
@@ -134,19 +143,19 @@ def test_bound_and_step_grow_together_until_enough_images_fool_the_suspicious_mo
     clean, variables = backdoored.clean.take(slice(0, 60)), backdoored.variables
     few = bibau.Perturbation("l2", 20.0, 6.0, 3, fooled=0.9)
     given = {"classifier": backdoored.classifier, "target": target, "weights": ALL, "batch_size": 16}
-    found, told = bibau.sufficient(clean, variables, keys.root(0), perturbation=few, **given)
+    found, told = sufficient(clean, variables, keys.root(0), perturbation=few, **given)
     factor = found.epsilon / 20.0
-    assert factor in bibau.FACTORS[1:] and found.step_size == pytest.approx(6.0 * factor) and found.steps == 3
+    assert factor in FACTORS[1:] and found.step_size == pytest.approx(6.0 * factor) and found.steps == 3
     assert told == {"epsilon": found.epsilon, "step_size": found.step_size, "fooled": told["fooled"]}
 
     def share(perturbation):
         some = clean.take(np.flatnonzero(clean.labels != target))
         alone = given | {"weights": NONE, "perturbation": perturbation}
-        _, seen = bibau.attack_images(some.images, some.labels, variables, variables, keys.root(5), **alone)
+        _, seen = attack_images(some.images, some.labels, variables, variables, keys.root(5), **alone)
         return (seen == target).mean() if target is not None else (seen != some.labels).mean()
 
     assert share(found) == pytest.approx(told["fooled"]) and told["fooled"] >= 0.9
-    before = bibau.FACTORS[bibau.FACTORS.index(factor) - 1]
+    before = FACTORS[FACTORS.index(factor) - 1]
     assert share(found._replace(epsilon=20.0 * before, step_size=6.0 * before)) < 0.9
 
 

@@ -11,8 +11,8 @@ import pytest
 from bibau_jax import defenses, keys, train
 from bibau_jax.data import ImageSet
 from bibau_jax.defenses import anp, bibau, bti_dbf, ibu, inversion, nad, rnp
-from bibau_jax.defenses.bibau import Perturbation
 from bibau_jax.errors import UserError
+from bibau_jax.method.settings import Perturbation
 from configs import base
 from tests import regenerate
 

@@ -19,6 +19,7 @@ from bibau_jax.attacks import iad
 from bibau_jax.data import ImageSet
 from bibau_jax.data.augment import crop_and_flip
 from bibau_jax.defenses import bibau
+from bibau_jax.defenses.adversarial import e_step
 from bibau_jax.errors import UserError
 from bibau_jax.models import Classifier
 from bibau_jax.models.layers import Head, Normalize
@@ -275,7 +276,7 @@ def test_the_outer_update_mapped_by_pmap_gives_the_same_parameters(eight, digits
 
     @partial(jax.pmap, axis_name="devices", in_axes=(None, None, 0, 0), out_axes=None)
     def by_pmap(state, backdoored, images, labels):
-        adversarial = bibau.e_step(images, labels, state.variables, backdoored, keys.root(0), perturbation=L2, **shared)
+        adversarial = e_step(images, labels, state.variables, backdoored, keys.root(0), perturbation=L2, **shared)
         gradient = jax.grad(bibau.m_step_loss, has_aux=True)
         grads, _ = gradient(state.params, state, images, adversarial, labels, backdoored, **shared)
         grads = jax.lax.pmean(grads, "devices")

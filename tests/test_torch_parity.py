@@ -11,6 +11,7 @@ import pytest
 from bibau_jax import keys, models, parallel, train
 from bibau_jax.attacks import iad, networks, wanet
 from bibau_jax.defenses import bibau
+from bibau_jax.defenses.adversarial import adversarial_objective, clean_references, e_step
 from bibau_jax.information import diagonal_fisher
 from bibau_jax.method import ewc
 from bibau_jax.method.terms import cross_entropy
@@ -133,7 +134,7 @@ def test_two_sgd_steps_with_momentum_and_weight_decay_end_where_those_of_pytorch
 @cache
 def attacked(norm):
     variables = network("after"), network("before")
-    attack = jax.jit(partial(bibau.e_step, **shared(), perturbation=perturbation(norm)))
+    attack = jax.jit(partial(e_step, **shared(), perturbation=perturbation(norm)))
     return attack(pixels(), network("labels"), *variables, keys.root(0))
 
 
@@ -157,8 +158,8 @@ def parts():
     target, labels = options.pop("target"), network("labels")
 
     def of(adversarial, variables, backdoored):
-        clean = bibau.clean_references(pixels(), variables, backdoored, **options)
-        return bibau.adversarial_objective(adversarial, clean, labels, variables, backdoored, target=target, **options)[1]
+        clean = clean_references(pixels(), variables, backdoored, **options)
+        return adversarial_objective(adversarial, clean, labels, variables, backdoored, target=target, **options)[1]
 
     return jax.jit(of)
 

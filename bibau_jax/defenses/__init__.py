@@ -10,7 +10,8 @@ from bibau_jax.errors import unknown
 
 __all__ = ["Ideal", "Informed", "Purified", "chooses", "get", "is_ideal", "is_informed", "names"]
 
-NOT_DEFENSES = {"protocol", "bibau", "pruning", "inversion"}  # bibau is the method, bibau_u and bibau_t are its two modes
+# bibau is the method, adversarial its E-step, bibau_u and bibau_t are its two modes
+NOT_DEFENSES = {"protocol", "bibau", "adversarial", "pruning", "inversion"}
 
 
 def names() -> list[str]:

@@ -80,22 +80,31 @@ def bring(
     """
     weights, classes = Path(weights).expanduser(), len(class_names) or int(images.labels.max()) + 1
     checkpoint = torch_file.read(weights, container or None)
-    try:
-        network, checkpoint = _network(checkpoint, name, file, classes)
-    except UserError as error:
-        raise UserError(f"{weights}: {error}") from None
     shape = images.images.shape[1:]
     candidates = _candidates(normalisation, mean, std, shape[2])
 
-    def build(scaling) -> Classifier:
+    def build(network: _Network, scaling) -> Classifier:
         return network.build(image_shape=shape, mean=scaling[0], std=scaling[1], dtype=dtype)
 
-    first = build(next(iter(candidates.values())))
+    def fit(arrays) -> tuple[_Network, Classifier, rules.Imported]:
+        network = _network(arrays, name, file, classes)
+        first = build(network, next(iter(candidates.values())))
+        like = jax.eval_shape(first.init, jax.random.key(0))
+        try:
+            return network, first, rules.to_variables(arrays, network.table, like)
+        except UserError as error:
+            raise UserError(f"{error}; the clean images are of {classes} classes") from None
+
+    try:
+        checkpoint, (network, first, imported) = _fitted(checkpoint, fit)
+    except UserError as error:
+        raise UserError(f"{weights}: {error}") from None
     names = _names(weights, first.num_classes, class_names)
-    imported, checkpoint = _imported(weights, checkpoint, network, first, classes)
     _refuse_missing(images.labels, names)
     some = images.take(splits.class_balanced(images.labels, min(len(images), max(TRIED_ON, len(names)))))
-    logits = {name: train.logits(build(scaling), imported.variables, some.images) for name, scaling in candidates.items()}
+    logits = {
+        name: train.logits(build(network, scaling), imported.variables, some.images) for name, scaling in candidates.items()
+    }
     accuracy = {name: float(np.mean(found.argmax(1) == some.labels)) for name, found in logits.items()}
     loss = {name: float(np.mean(cross_entropy(found, some.labels))) for name, found in logits.items()}
     chosen = min(loss, key=loss.get)
@@ -118,7 +127,7 @@ def bring(
         "loss_by_normalisation": loss,
         "warnings": _warnings(some.labels, logits[chosen].argmax(1), names),
     }
-    return Suspect(build(candidates[chosen]), imported.variables, checkpoint.arrays, imported.places, told)
+    return Suspect(build(network, candidates[chosen]), imported.variables, checkpoint.arrays, imported.places, told)
 
 
 def counted(suspect: Suspect, *, given: int, clean: int, held_out: int, measured: int) -> Suspect:
@@ -139,38 +148,30 @@ class _Network(NamedTuple):
     told: str
 
 
-def _network(checkpoint: torch_file.Checkpoint, name: str, file: str, num_classes: int):
-    """(what the weights are those of, the checkpoint): one's own network, the one that is named, or the one that its keys tell.
-
-    Where a known network does not fit and all keys begin alike, as those of one that was an attribute of a larger object
-    ("model.conv1.weight"), they are tried without that beginning, which the checkpoint then has as its prefix.
-    """
+def _network(arrays: dict[str, Any], name: str, file: str, num_classes: int) -> _Network:
+    """What the weights are those of: one's own network, the one that is named, or the one that its keys tell."""
     if file:
         own = own_file.load(file)
-        return _Network(partial(own.build, num_classes=num_classes), own.table, Path(file).name), checkpoint
+        return _Network(partial(own.build, num_classes=num_classes), own.table, Path(file).name)
+    found = architectures.by_name(name, arrays) if name else architectures.guess(arrays)
+    given = partial(architectures.classifier, found, num_classes=found.options["num_classes"])
+    return _Network(given, found.table, found.name)
+
+
+def _fitted(checkpoint: torch_file.Checkpoint, fit: Callable) -> tuple[torch_file.Checkpoint, Any]:
+    """(the checkpoint, what `fit(arrays)` gives): without what all its keys begin with, where they fit only so.
+
+    That is how those of a network look that was an attribute of a larger object ("model.conv1.weight"); the beginning is then
+    the checkpoint's prefix.
+    """
     try:
-        found = architectures.by_name(name, checkpoint.arrays) if name else architectures.guess(checkpoint.arrays)
+        return checkpoint, fit(checkpoint.arrays)
     except UserError:
         inner = torch_file.without_common_prefix(checkpoint)
         with contextlib.suppress(UserError):
             if inner is not None:
-                return _network(inner, name, file, num_classes)
+                return _fitted(inner, fit)
         raise  # about the keys as they stand in the file, which is what its owner knows
-    given = partial(architectures.classifier, found, num_classes=found.options["num_classes"])
-    return _Network(given, found.table, found.name), checkpoint
-
-
-def _imported(weights, checkpoint: torch_file.Checkpoint, network: _Network, classifier: Classifier, classes: int):
-    """(the `rules.Imported`, the checkpoint that it is of): without what all keys begin with, where they fit only so."""
-    like = jax.eval_shape(classifier.init, jax.random.key(0))
-    try:
-        return rules.to_variables(checkpoint.arrays, network.table, like), checkpoint
-    except UserError as error:
-        inner = torch_file.without_common_prefix(checkpoint)
-        with contextlib.suppress(UserError):
-            if inner is not None:
-                return _imported(weights, inner, network, classifier, classes)
-        raise UserError(f"{weights}: {error}; the clean images are of {classes} classes") from None
 
 
 def _refuse_missing(labels: np.ndarray, names: tuple[str, ...]) -> None:

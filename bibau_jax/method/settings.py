@@ -17,7 +17,7 @@ class Perturbation(NamedTuple):
 
     `start` is "zero" or "random". The paper states 20 steps of 2.0 within 25.0; its norm is lost, and "l2" is our reading.
     `fooled` above 0 is the share of clean images, 0..1, that must fool the suspicious model within the bound: bound and step
-    grow by one factor until they do, see `defenses.bibau.sufficient` (ours; 0 keeps them).
+    grow by one factor until they do, see `defenses.adversarial.sufficient` (ours; 0 keeps them).
     """
 
     norm: str = "l2"

@@ -22,6 +22,7 @@ import numpy as np
 from bibau_jax import checkpoint, defenses, keys, parallel, progress, records, train
 from bibau_jax.data import ImageSet
 from bibau_jax.defenses import bibau
+from bibau_jax.defenses.adversarial import attack_images, sufficient
 from bibau_jax.errors import UserError
 from bibau_jax.method import settings
 from bibau_jax.run import Run, batch_sizes, load_model
@@ -231,11 +232,11 @@ def adversarial(scene: Scene, row: str, last, count: int) -> dict[str, dict[str,
         "batch_size": chosen["batch_size"],
     }
     # with the key that the purification itself had
-    attack["perturbation"], _ = bibau.sufficient(this.splits.clean, backdoored, keys.stream(this.key, "purify"), **attack)
+    attack["perturbation"], _ = sufficient(this.splits.clean, backdoored, keys.stream(this.key, "purify"), **attack)
     found, given = {}, (this.classifier, scene.models["clean"], backdoored)
     for when, current in (("start", backdoored), ("end", last)):
         key = keys.stream(this.key, "theory/adversarial")
-        images, _ = bibau.attack_images(clean.images, clean.labels, current, backdoored, key, **attack)
+        images, _ = attack_images(clean.images, clean.labels, current, backdoored, key, **attack)
         aims = scene.attack.aim(clean.labels)
         found[when] = complete_unlearning.adversarial_rates(*given, images, clean.labels, aims, targeted=targeted)._asdict()
     return found

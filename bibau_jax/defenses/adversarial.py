@@ -1,0 +1,177 @@
+"""The E-step: images that look like the backdoor to the backdoored model and keep their meaning for the one being purified.
+
+One problem for the target known (T, Eq. 22) and for the target unknown (U, Eq. 27); also how far an image must be moved, and
+the same for whole sets of images.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bibau_jax import keys, parallel
+from bibau_jax.data import ImageSet, splits
+from bibau_jax.method import pgd, terms
+from bibau_jax.method.settings import Perturbation, Weights
+from bibau_jax.models import Classifier
+
+TRIED = 256  # clean images that a bound on perturbations is tried on
+FACTORS = [2.0 ** (half / 2) for half in range(13)]  # that it is tried with
+
+
+def adversarial_objective(
+    adversarial, clean, labels, variables, backdoored, *, classifier: Classifier, target: int | None, weights: Weights
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """L_adv per image (Eq. 22 with a `target`, Eq. 27 without) and its parts; all models in evaluation mode.
+
+    Args:
+      adversarial: x' [N, H, W, C]. clean: what does not change with x', from `clean_references`. labels: y [N].
+    """
+    suspicious = classifier.apply(backdoored, adversarial).logits
+    objective, fooled = fooling(suspicious, labels, target=target, form=weights.attack_form)
+    parts = {"fooled": fooled, "attack": objective}
+    if weights.kd or weights.prior:
+        towards = heading(suspicious, labels, target)
+        more, of_current = keeping(adversarial, towards, clean, labels, variables, classifier=classifier, weights=weights)
+        objective, parts = objective + more, parts | of_current
+    return objective, parts
+
+
+def fooling(suspicious, labels, *, target: int | None, form: str) -> tuple[jax.Array, jax.Array]:
+    """How much the backdoored model's logits [N, K] speak for the attack, per image, and whether it is taken in."""
+    if target is None:
+        return -terms.evidence(suspicious, labels, form=form), jnp.argmax(suspicious, -1) != labels
+    return terms.evidence(suspicious, jnp.full_like(labels, target), form=form), jnp.argmax(suspicious, -1) == target
+
+
+def heading(suspicious, labels, target: int | None) -> jax.Array:
+    """The class that x' is heading for, [N]; without gradient."""
+    if target is None:
+        return terms.other_class(jax.lax.stop_gradient(suspicious), labels)
+    return jnp.full_like(labels, target)
+
+
+def keeping(adversarial, towards, clean, labels, variables, *, classifier: Classifier, weights: Weights):
+    """lambda_2 L_prior - lambda_1 L_kd per image, which the model being purified adds to the objective; and its parts."""
+    teacher_logits, clean_features, directions = clean
+    current = classifier.apply(variables, adversarial)
+    told = {"alpha": weights.alpha, "temperature": weights.temperature}
+    parts = {"kept": jnp.argmax(current.logits, -1) == labels}
+    parts["kd"] = terms.distillation(teacher_logits, current.logits, labels, **told)
+    parts["prior"] = terms.prior(
+        current.features, clean_features, directions[towards], eta=weights.eta, form=weights.prior_form
+    )
+    return weights.prior * parts["prior"] - weights.kd * parts["kd"], parts
+
+
+def balanced_gradient(
+    adversarial, clean, labels, variables, backdoored, *, classifier: Classifier, target: int | None, weights: Weights
+) -> jax.Array:
+    """Both models' gradients of L_adv with respect to x', each at length 1 per image; the current one's times the balance.
+
+    As they are, the gradient of a backdoored model that is sure of itself is outweighed by the other's, whatever the lambdas.
+    """
+    suspicious, pull = jax.vjp(lambda x: classifier.apply(backdoored, x).logits, adversarial)
+    of_logits = jax.grad(lambda logits: fooling(logits, labels, target=target, form=weights.attack_form)[0].sum())
+    (attack,) = pull(of_logits(suspicious))
+    towards, given = heading(suspicious, labels, target), {"classifier": classifier, "weights": weights}
+    current = jax.grad(lambda x: keeping(x, towards, clean, labels, variables, **given)[0].sum())(adversarial)
+    return pgd.ascent_step(attack, "l2", 1.0) + weights.balance * pgd.ascent_step(current, "l2", 1.0)
+
+
+def clean_references(images, variables, backdoored, *, classifier: Classifier, weights: Weights):
+    """(f_b's logits of x, the current features of x, W_b - W with one row a class): fixed during an E-step."""
+    directions = (classifier.head_kernel(backdoored["params"]) - classifier.head_kernel(variables["params"])).T
+    if not (weights.kd or weights.prior):
+        return None, None, directions
+    return classifier.apply(backdoored, images).logits, classifier.apply(variables, images).features, directions
+
+
+def e_step(images, labels, variables, backdoored, key, *, classifier, target, weights, perturbation: Perturbation):
+    """Adversarial images x' [N, H, W, C] for clean ones in 0..255; images of the target class stay as they are."""
+    shared = {"classifier": classifier, "target": target, "weights": weights}
+    clean = clean_references(images, variables, backdoored, classifier=classifier, weights=weights)
+
+    def gradient(adversarial):
+        given = (clean, labels, variables, backdoored)
+        if weights.balance and (weights.kd or weights.prior):
+            return balanced_gradient(adversarial, *given, **shared)
+        return jax.grad(lambda x: adversarial_objective(x, *given, **shared)[0].sum())(adversarial)
+
+    start = None
+    if perturbation.start == "random":
+        start = pgd.random_start(key, images.shape, norm=perturbation.norm, epsilon=perturbation.epsilon)
+    adversarial = pgd.adversarial_images(
+        gradient,
+        images,
+        norm=perturbation.norm,
+        epsilon=perturbation.epsilon,
+        step_size=perturbation.step_size,
+        steps=perturbation.steps,
+        start=start,
+        unroll=parallel.unroll(perturbation.steps),
+    )
+    if target is not None:
+        adversarial = jnp.where((labels != target)[:, None, None, None], adversarial, images)
+    return jax.lax.stop_gradient(adversarial)
+
+
+def attack_images(images, labels, variables, backdoored, key, *, batch_size: int, **options) -> tuple[np.ndarray, np.ndarray]:
+    """(x' float32, f_b's classes for them) for uint8 images of any number, by the E-step with `options`; host arrays."""
+
+    @jax.jit
+    def attack(variables, backdoored, images, labels, key):
+        images = parallel.shard(images.astype(jnp.float32))
+        adversarial = e_step(images, labels, variables, backdoored, key, **options)
+        return adversarial, jnp.argmax(options["classifier"].apply(backdoored, adversarial).logits, -1)
+
+    given = ImageSet(images, labels, np.arange(len(images), dtype=np.int32))
+    adversarial, seen = _in_blocks(partial(attack, variables, backdoored), given, key, batch_size)
+    return adversarial, seen.astype(np.int32)
+
+
+def sufficient(
+    clean: ImageSet, backdoored, key, *, classifier, perturbation: Perturbation, target, weights: Weights, batch_size: int
+) -> tuple[Perturbation, dict[str, float]]:
+    """The perturbation with bound and step large enough for `perturbation.fooled`, and what was found: bound, step, share.
+
+    Networks differ much in how far an image must be moved to fool them, and x' that fool nobody unlearn nothing. On at most
+    TRIED clean images, one a class at least (none of the target's), the E-step without the current model's terms is tried with
+    bound and step times each of FACTORS, until the share is reached. Where none is asked for, it stays as it is: ..., {}.
+    """
+    if not perturbation.fooled:
+        return perturbation, {}
+    rows = clean.take(splits.class_balanced(clean.labels, min(max(TRIED, classifier.num_classes), len(clean))))
+    rows = rows.take(np.flatnonzero(rows.labels != target))
+    alone, form, key = weights._replace(kd=0.0, prior=0.0), weights.attack_form, keys.stream(key, "sufficient")
+
+    @jax.jit
+    def taken_in(backdoored, factor, images, labels, key):
+        images = parallel.shard(images.astype(jnp.float32))
+        larger = _times(perturbation, factor)
+        given = {"classifier": classifier, "target": target, "weights": alone, "perturbation": larger}
+        adversarial = e_step(images, labels, backdoored, backdoored, key, **given)
+        return fooling(classifier.apply(backdoored, adversarial).logits, labels, target=target, form=form)[1]
+
+    for factor in FACTORS:
+        share = float(_in_blocks(partial(taken_in, backdoored, jnp.float32(factor)), rows, key, batch_size).mean())
+        if share >= perturbation.fooled:
+            break
+    found = _times(perturbation, factor)
+    return found, {"epsilon": found.epsilon, "step_size": found.step_size, "fooled": share}
+
+
+def _times(perturbation: Perturbation, factor) -> Perturbation:
+    return perturbation._replace(epsilon=factor * perturbation.epsilon, step_size=factor * perturbation.step_size)
+
+
+def _in_blocks(of_block: Callable, rows: ImageSet, key, batch_size: int):
+    """What `of_block(images, labels, key)` gives for all rows, in blocks with keys of their own; host arrays."""
+    block, found = parallel.padded(min(batch_size, len(rows))), []
+    for begin in range(0, len(rows), block):
+        part = rows.take(np.arange(begin, begin + block) % len(rows))  # the last block wraps round; the surplus is cut off
+        given = parallel.replicate((part.images, part.labels))
+        found.append(parallel.gather(of_block(*given, keys.stream(key, "block", begin))))
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(rows)], *found)
