@@ -92,6 +92,16 @@ def test_gaps_of_older_records_which_counted_statistics_are_left_out(runs):
     assert "0.90 ± 0.00 | – | – | 0.75 ± 0.00" in unlearning.tables(runs)
 
 
+@pytest.mark.parametrize("command", [theory.main, lambda given: unlearning.main([*given, f"--out={given[0]}"])])
+def test_a_record_without_what_is_drawn_is_told_in_one_line(command, runs, tmp_path, capsys):
+    records.write_study(tmp_path / "widths.json", "widths", "", {}, {})
+    run = {name: value for name, value in runs[0].items() if name != "defenses"}
+    records.write_study(tmp_path / "badnets_0.json", "unlearning", "", {}, run)
+    assert command([str(tmp_path)]) == 1
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and f"a record in {tmp_path} is damaged: it has no '" in told
+
+
 def test_the_verdict_counts_who_is_closer_to_what_is_asked(runs):
     told = unlearning.verdict(runs)
     assert "BI-BAU (U) ends nearer than Fine-tuning in 2 of 2 runs. So far off end the one and the other: BadNets 45.0 " in told

@@ -213,9 +213,8 @@ def main(arguments=None) -> int:
             print(DRAWN[study.kind](study.found, path.with_suffix(".png")))
             if study.kind in TABLES:
                 records.write_text(path.with_suffix(".md"), f"`{study.command}`\n\n{TABLES[study.kind](study.found)}")
-    except (UserError, OSError) as error:
-        print(f"bibau_jax: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+    except (UserError, OSError, KeyError) as error:
+        return unlearning.refused(error, folder)
     return 0
 
 

@@ -235,6 +235,13 @@ def picture(runs: list[dict], path: Path) -> Path | None:
     return save(figure, path)
 
 
+def refused(error: Exception, folder: Path) -> int:
+    """Says in one line why nothing was made of the records in a folder; the exit status."""
+    told = f"a record in {folder} is damaged: it has no {error}" if isinstance(error, KeyError) else str(error)
+    print(f"bibau_jax: {' '.join(told.split())}", file=sys.stderr)
+    return 1
+
+
 def main(arguments=None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bibau_jax.report.unlearning", description=__doc__.splitlines()[0])
@@ -249,9 +256,8 @@ def main(arguments=None) -> int:
         records.write_text(given.out / "unlearning.md", f"{head}{tables(runs)}")
         drawn = picture(runs, given.out / "unlearning.png")
         print(given.out / "unlearning.md", *([drawn] if drawn else []), sep="\n")
-    except (UserError, OSError) as error:
-        print(f"bibau_jax: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+    except (UserError, OSError, KeyError) as error:
+        return refused(error, given.folder)
     return 0
 
 
