@@ -89,7 +89,7 @@ class Ours:
     def _invert(self, rows: slice):
         raw, labels = jax.tree.map(lambda leaf: leaf[rows], (self.raw, self.classes))
         weights = jnp.full(len(labels), 1e-3)
-        return jax.block_until_ready(self._gradient(raw, weights, labels, self.images, self.models[0]))
+        return jax.block_until_ready(self._gradient(raw, weights, labels, self.images, self.models[:1]))
 
 
 class Theirs(sides.Theirs):

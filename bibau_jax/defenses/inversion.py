@@ -68,18 +68,22 @@ def stamped(images: jax.Array, mask: jax.Array, pattern: jax.Array) -> jax.Array
     return (1 - mask) * images + mask * pattern
 
 
-def objective(raw, weights, labels, images, variables, *, classifier):
+def objective(raw, weights, labels, images, models, *, classifier):
     """(sum of CE(f(x'), t) + weight |m|, (CE, |m|, share of images taken for t), each [K]) of the triggers of classes [K].
 
-    Every image is stamped with every trigger, and all go through the network as one batch, images first, so that a sharded
-    batch stays where it is: under `vmap` over the classes it did not, and took 2.4 times as long on two cores.
+    Of several models CE is the mean and the share the least. Every image is stamped with every trigger, and all go through
+    the network as one batch, images first, so that a sharded batch stays where it is: under `vmap` over the classes it did
+    not, and took 2.4 times as long on two cores.
     """
     mask, pattern = shown(raw)
     made = stamped(images[:, None], mask, pattern)
     wanted = jnp.tile(labels, len(images))
-    logits = classifier.apply(variables, made.reshape(-1, *images.shape[1:])).logits
-    loss = cross_entropy(logits, wanted).reshape(len(images), -1).mean(0)
-    hit = (jnp.argmax(logits, -1) == wanted).reshape(len(images), -1).mean(0)
+    losses, hits = [], []
+    for variables in models:
+        logits = classifier.apply(variables, made.reshape(-1, *images.shape[1:])).logits
+        losses.append(cross_entropy(logits, wanted).reshape(len(images), -1).mean(0))
+        hits.append((jnp.argmax(logits, -1) == wanted).reshape(len(images), -1).mean(0))
+    loss, hit = sum(losses) / len(losses), jnp.min(jnp.stack(hits), 0)
     sizes = jnp.sum(mask, (1, 2, 3))
     return jnp.sum(loss + weights * sizes), (loss, sizes, hit)
 
@@ -88,7 +92,7 @@ def step(state, frozen, batch, key, *, classifier, optimizer, per_epoch, enough,
     """One step for all classes on CE(f(x'), t) + weight |m|; the weights' schedule where an epoch ends."""
     images = crop_and_flip(keys.stream(key, "augment"), batch["images"], padding=padding, flip=flip).astype(jnp.float32)
     gradient = jax.grad(partial(objective, classifier=classifier), has_aux=True)
-    grads, (loss, size, hit) = gradient(state.raw, state.weight, jnp.arange(len(state.weight)), images, frozen)
+    grads, (loss, size, hit) = gradient(state.raw, state.weight, frozen["classes"], images, frozen["models"])
     updates, opt_state = optimizer.update(grads, state.opt_state, state.raw)
     going = ~state.ended
     raw = jax.tree.map(lambda new, old: _where(going, new, old), optax.apply_updates(state.raw, updates), state.raw)
@@ -135,9 +139,9 @@ def _end_of_epoch(state: State, *, per_epoch, enough, patience, stop_after) -> S
     return kept.replace(hits=jnp.zeros_like(rate), sizes=jnp.zeros_like(size), step=state.step, opt_state=state.opt_state)
 
 
-def start(key: jax.Array, classifier: Classifier, optimizer) -> State:
-    """Masks and patterns drawn uniformly from 0..1 for every class, as in the authors' code."""
-    count, (height, width, channels) = classifier.num_classes, classifier.image_shape
+def start(key: jax.Array, classifier: Classifier, optimizer, count: int = 0) -> State:
+    """Masks and patterns drawn uniformly from 0..1 for every class, or for `count` of them, as in the authors' code."""
+    count, (height, width, channels) = count or classifier.num_classes, classifier.image_shape
 
     def draw(name, depth):
         values = jax.random.uniform(keys.stream(key, name), (count, height, width, depth))
@@ -176,6 +180,8 @@ def invert(
     variables,
     clean: ImageSet,
     *,
+    classes: tuple[int, ...] = (),
+    also: tuple[dict, ...] = (),
     epochs: int = 80,
     batch_size: int = 256,
     learning_rate: float = 0.1,
@@ -189,6 +195,7 @@ def invert(
     """(the smallest trigger found for every class, history) on clean images of all classes, the network in evaluation mode.
 
     Args:
+      classes: those to invert; () for all. also: variables of further models, all of which a trigger has to work on.
       enough: share of an epoch's images, 0..1, that a trigger must send to its class to count (the authors: 0.99).
       patience: epochs in a row of (in)sufficient success after which the mask's weight is doubled (divided by 2^1.5).
       stop_after: epochs without a smaller mask after which a class ends, once its weight was raised and lowered.
@@ -196,33 +203,35 @@ def invert(
     Where no mask ever counts, that of the first epoch is kept with an infinite size, and never flagged.
     """
     check_search(epochs, enough, patience, stop_after)
+    classes, models = classes or tuple(range(classifier.num_classes)), (variables, *also)
     optimizer = optax.adam(learning_rate, b1=0.5, b2=0.9)
     options = {"enough": enough, "patience": patience, "stop_after": stop_after, "padding": padding, "flip": flip}
     per_epoch = max(1, len(clean) // min(batch_size, len(clean)))
     state, history = train.fit(
         partial(step, classifier=classifier, optimizer=optimizer, per_epoch=per_epoch, **options),
-        start(keys.stream(key, "start"), classifier, optimizer),
+        start(keys.stream(key, "start"), classifier, optimizer, len(classes)),
         as_data(clean),
         key=key,
         epochs=epochs,
         batch_size=batch_size,
-        frozen=variables,
+        frozen={"classes": np.array(classes), "models": models},
         stop=lambda history: history[-1]["searching"] == 0,
         journal=journal,
     )
     masks, patterns = (np.asarray(part) for part in jax.device_get(shown(state.best)))
     sizes = np.asarray(jax.device_get(state.best_size), np.float64)
     sizes = np.where(sizes < NEVER, sizes, np.inf)
-    return Triggers(masks, patterns, sizes, _reached(classifier, variables, clean, masks, patterns)), history
+    return Triggers(masks, patterns, sizes, _reached(classifier, models, clean, classes, masks, patterns)), history
 
 
-def _reached(classifier, variables, clean, masks, patterns) -> np.ndarray:
-    """The share of clean images of other classes that each trigger sends to its class, 0..1."""
+def _reached(classifier, models, clean, classes, masks, patterns) -> np.ndarray:
+    """The share of clean images of other classes that each trigger sends to its class, 0..1; the least of several models'."""
     found = []
-    for label, (mask, pattern) in enumerate(zip(masks, patterns, strict=True)):
+    for label, mask, pattern in zip(classes, masks, patterns, strict=True):
         others = clean.images[clean.labels != label].astype(np.float32)
-        seen = train.predict(classifier, variables, stamped(others, mask, pattern)) if len(others) else np.zeros(0)
-        found.append(float(np.mean(seen == label)) if len(others) else 0.0)
+        made = stamped(others, mask, pattern)
+        seen = [train.predict(classifier, variables, made) == label for variables in models] if len(others) else [[False]]
+        found.append(min(float(np.mean(each)) for each in seen))
     return np.array(found)
 
 

@@ -78,10 +78,19 @@ def scan(
     where all classes are nearly alike, a little less than the others says nothing. Two classes have no spread to compare with:
     both triggers are inverted, and it cannot be told whether one is too small.
     """
-    count = min(max(images, classifier.num_classes), len(clean))
-    chosen = clean.take(splits.class_balanced(clean.labels, count))
+    chosen = some_of(clean, max(images, classifier.num_classes))
     triggers, _ = inversion.invert(key, classifier, variables, chosen, journal=journal, **search)
     return judged(triggers, limit=limit, share=share)
+
+
+def some_of(clean: ImageSet, count: int) -> ImageSet:
+    """At most `count` of the clean images, as many of each class as can be."""
+    return clean.take(splits.class_balanced(clean.labels, min(count, len(clean))))
+
+
+def settings_of(this: Run) -> dict[str, Any]:
+    """The settings of a run that `scan` takes."""
+    return dict(this.config["scan"]) | {name: this.config["data"][name] for name in ("padding", "flip")}
 
 
 def judged(triggers: inversion.Triggers, *, limit: float = 2.0, share: float = 0.5) -> Scan:
@@ -122,8 +131,8 @@ def of_model(this: Run, command: str, one: evaluate.Measured, room: str) -> Scan
         return read(path)
     journal, variables = this.journal(room), load_model(this, one.stage)[0]
     with cost.measure() as spent:
-        section = dict(this.config["scan"]) | {name: this.config["data"][name] for name in ("padding", "flip")}
-        found = scan(keys.stream(this.key, "scan"), this.classifier, variables, this.splits.clean, journal=journal, **section)
+        given = (keys.stream(this.key, "scan"), this.classifier, variables, this.splits.clean)
+        found = scan(*given, journal=journal, **settings_of(this))
     arrays = found.triggers._asdict() | {"index": found.index, "flagged": np.array(found.flagged, int)}
     arrays["example"] = this.measured.images[0]
     write_arrays(path, arrays)
