@@ -29,16 +29,52 @@ def found(backdoored):
     return inversion.invert(*given, epochs=60, enough=0.9, patience=2, **QUICK)
 
 
-def test_a_planted_patch_is_found_where_it_lies(digits):
-    classifier = models.Classifier(Linear(), 10, (16, 16, 1))
+def linear(**planted):
+    """Variables of `Linear` that answer with class 3 to what is planted: the corner "trigger", or the stronger "quirk"."""
     weights = np.random.default_rng(0).normal(0, 0.3, (16, 16, 10))
-    weights[13:, 13:, 3] = 6.0
-    variables = {"params": {"head": {"kernel": weights.reshape(256, 10), "bias": np.zeros(10)}}, "batch_stats": {}}
-    clean = digits.train.take(slice(0, 100))
-    triggers, _ = inversion.invert(keys.root(0), classifier, variables, clean, epochs=60, enough=0.9, patience=2, **QUICK)
+    weights[13:, 13:, 3] += planted.get("trigger", 0.0)
+    weights[:2, :2, 3] += planted.get("quirk", 0.0)
+    return {"params": {"head": {"kernel": weights.reshape(256, 10), "bias": np.zeros(10)}}, "batch_stats": {}}
+
+
+def inverted(digits, variables, **options) -> inversion.Triggers:
+    classifier, clean = models.Classifier(Linear(), 10, (16, 16, 1)), digits.train.take(slice(0, 100))
+    settings = {"epochs": 60, "enough": 0.9, "patience": 2} | QUICK
+    return inversion.invert(keys.root(0), classifier, variables, clean, **settings, **options)[0]
+
+
+def test_a_planted_patch_is_found_where_it_lies(digits):
+    triggers = inverted(digits, linear(trigger=6.0))
     mask = triggers.masks[3, ..., 0]
     assert mask[13:, 13:].sum() / mask.sum() > 0.8 and triggers.reached[3] > 0.8
     assert inversion.anomaly(triggers.sizes).argmax() == 3
+
+
+def test_what_must_work_on_two_models_is_what_they_share(digits):
+    both, one = linear(trigger=6.0, quirk=20.0), linear(trigger=6.0)
+    alone, shared = (inverted(digits, both, classes=(3,), also=also) for also in ((), (one,)))
+    assert alone.masks.shape == shared.masks.shape == (1, 16, 16, 1)
+    in_quirk, in_trigger = (
+        [triggers.masks[0, place, place].sum() / triggers.masks.sum() for triggers in (alone, shared)]
+        for place in (slice(0, 2), slice(13, 16))
+    )
+    assert in_quirk[0] > 0.8 > 0.2 > in_quirk[1] and in_trigger[1] > 0.8 > 0.2 > in_trigger[0]
+    assert alone.sizes[0] < shared.sizes[0] and shared.reached[0] > 0.8
+
+
+def test_of_several_models_the_loss_is_the_mean_and_the_share_the_least(digits):
+    classifier, images = models.Classifier(Linear(), 10, (16, 16, 1)), digits.train.images[:50].astype(np.float32)
+    rng = np.random.default_rng(0)
+    raw = {"mask": rng.normal(-1, 1, (2, 16, 16, 1)), "pattern": rng.normal(0, 1, (2, 16, 16, 1))}
+
+    def told(*of):
+        return inversion.objective(raw, np.zeros(2), np.array([3, 5]), images, of, classifier=classifier)[1]
+
+    quirky, plain = linear(quirk=20.0), linear()
+    first, second, both = told(quirky), told(plain), told(quirky, plain)
+    np.testing.assert_allclose(both[0], (first[0] + second[0]) / 2, rtol=1e-5)
+    np.testing.assert_array_equal(both[2], np.minimum(first[2], second[2]))
+    assert (first[2] != second[2]).any()
 
 
 @pytest.mark.slow

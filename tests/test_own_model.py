@@ -8,11 +8,14 @@ import re
 import numpy as np
 import pytest
 
-from bibau_jax import experiment, own, records
+from bibau_jax import checkpoint, experiment, own, records, train
+from bibau_jax.attacks import patch
 from bibau_jax.errors import UserError
 from bibau_jax.importers import export, suspect, torch_file
 from bibau_jax.report import own as report
+from bibau_jax.run import Run, load_model
 from bibau_jax.stages import purify, scan
+from bibau_jax.workdir import read_config
 
 QUICK = {
     "data.padding": 1,
@@ -107,6 +110,20 @@ def test_the_scan_names_the_attackers_class_and_purification_takes_its_trigger_a
     for name in ("r_asr", "q_asr", "stand_in_r_asr", "stand_in_q_asr"):
         assert 0 <= after.extra[name] <= 100 and name not in before.extra
     assert after.extra["scan"]["suspected"] != 0 or not after.extra["scan"]["flagged"]
+
+
+def test_the_stand_in_works_before_and_after_fine_tuning(finished, stranger):
+    folder, _ = finished
+    run = Run(read_config(folder), folder)
+    mask, pattern = patch.read(folder / "verify" / "stand_in" / "trigger.npz")
+    scanned = np.load(folder / "scan" / "triggers.npz")
+    assert not np.array_equal(mask, scanned["masks"][0])
+    test = np.load(stranger / "test.npz")
+    attack = patch.of_arrays(run.key, mask, pattern, target_label=0, num_classes=10)
+    images = attack.stamp(test["images"], np.arange(len(test["labels"])))
+    tuned = checkpoint.load(folder / "verify" / "stand_in" / "ft" / "model")[0]["variables"]
+    for variables in (load_model(run, "implant")[0], tuned):
+        assert np.mean(train.predict(run.classifier, variables, images)[test["labels"] != 0] == 0) > 0.8
 
 
 def test_what_is_given_back_has_the_names_layouts_and_types_that_came(finished, stranger):
