@@ -70,7 +70,7 @@ def test_of_several_models_the_loss_is_the_mean_and_the_share_the_least(digits):
     def told(*of):
         return inversion.objective(raw, np.zeros(2), np.array([3, 5]), images, of, classifier=classifier)[1]
 
-    quirky, plain = linear(quirk=20.0), linear()
+    quirky, plain = linear(quirk=200.0), linear()
     first, second, both = told(quirky), told(plain), told(quirky, plain)
     np.testing.assert_allclose(both[0], (first[0] + second[0]) / 2, rtol=1e-5)
     np.testing.assert_array_equal(both[2], np.minimum(first[2], second[2]))
