@@ -121,7 +121,7 @@ def test_the_stand_in_works_before_and_after_fine_tuning(finished, stranger):
     test = np.load(stranger / "test.npz")
     attack = patch.of_arrays(run.key, mask, pattern, target_label=0, num_classes=10)
     images = attack.stamp(test["images"], np.arange(len(test["labels"])))
-    tuned = checkpoint.load(folder / "verify" / "stand_in" / "ft" / "model")[0]["variables"]
+    tuned = checkpoint.load(folder / "verify" / "stand_in" / "tuned" / "model")[0]["variables"]
     for variables in (load_model(run, "implant")[0], tuned):
         assert np.mean(train.predict(run.classifier, variables, images)[test["labels"] != 0] == 0) > 0.8
 
@@ -149,7 +149,7 @@ def test_the_page_tells_verdict_evidence_and_what_is_not_known(finished):
     folder, _ = finished
     page = (folder / "report.html").read_text()
     assert "The model as it came is suspicious: a patch of about" in page and "What is not known" in page
-    assert page.count("data:image/png") >= 12
+    assert page.count("data:image/png") >= 14 and "<caption>What stood in for the trigger</caption>" in page
     assert not re.search(r"\b(None|nan)\b", re.sub(r'"data:[^"]*"', "", page))
 
 

@@ -21,8 +21,12 @@ OWN_STAGES = {
     "implant": "Reading the file",
     "scan": "Scan of the model as it came",
     "verify/scan": "Scan of the purified model",
+    "verify/stand_in/tuned": "Fine-tuning, to invert the trigger that stands in",
+    "verify/stand_in/inverted": "Inverting the trigger that stands in",
     "export": "Writing the purified model",
 }
+# What is drawn of a run, by file
+SHOWN_ARRAYS = ("strip", "scan/triggers", "verify/scan/triggers", "verify/stand_in/trigger")
 TRIED = {"real": "the given trigger", "stand_in": "the inverted trigger"}  # what a purified model is tried with
 UNCLASSED = {"none": "is-before", "clean": "is-clean"}
 
@@ -38,7 +42,7 @@ def write(workdir) -> Path:
     log = workdir / "metrics.jsonl"
     lines = list(records.read_lines(log)) if log.exists() else []
     path, unfinished = workdir / "report.html", workdir / "report.html.part"
-    arrays = {name: read_arrays(workdir / f"{name}.npz") for name in ("strip", "scan/triggers", "verify/scan/triggers")}
+    arrays = {name: read_arrays(workdir / f"{name}.npz") for name in SHOWN_ARRAYS}
     unfinished.write_text(page(record, lines, arrays), encoding="utf-8")
     os.replace(unfinished, path)  # a reader never meets half a page
     return path
@@ -82,11 +86,14 @@ def _own(record, arrays: dict) -> tuple[str, tuple[str, ...]]:
     head += f'<p class="verdict">{own.prose(own.verdict(record))}</p>'
     head += f'<p class="basis">{own.prose(own.basis(record))}</p></header>'
     scans = {"scan": "In the model as it came", "verify/scan": "In the purified model"}
+    stood = "What stood in for the trigger"
     tables = {name: own.triggers_html(record, arrays.get(f"{room}/triggers", {}), name) for room, name in scans.items()}
+    tables |= {stood: own.stand_in_html(record, arrays.get("verify/stand_in/trigger", {}), stood)}
     drawn = "".join(_framed(table, name) for name, table in tables.items() if table)
     text = (
         "For every class, the smallest patch that the scan could find to turn other images into it: the patch on grey, and "
-        "laid over an image. A class that a much smaller patch reaches than the others is suspicious."
+        "laid over an image. A class that a much smaller patch reaches than the others is suspicious. What stands in for the "
+        "trigger in the tests above is the smallest patch that works on the model as it came and once it is fine-tuned."
     )
     return title, (
         head,

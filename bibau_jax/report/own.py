@@ -237,8 +237,8 @@ def unknown(record) -> list[str]:
     ]
     if not record.config["verify"]["trigger"]:
         told.append(
-            "Nobody gave the real trigger. The inverted one stands in for it: it is what the scan could make, and may be "
-            "another shortcut of the network. It has happened that this one was gone for good and the real one came back."
+            "Nobody gave the real trigger. An inverted one stands in for it, the smallest that still works once the model is "
+            "fine-tuned; it may yet be another shortcut of the network, and easier to unlearn than the real one."
         )
     after = words.purified(record)
     rates = [after.extra.get(begin + name) for begin in TRIGGERS for name in ("r_asr", "q_asr")] if after is not None else []
@@ -313,20 +313,37 @@ def triggers_html(record, arrays: dict[str, np.ndarray], heading: str) -> str:
         return ""
     cells = []
     for label in order:
-        mask, pattern = arrays["masks"][label], arrays["patterns"][label]
-        alone, made = (_laid(mask, pattern, under) for under in (GREY, example))
-        flagged = label in arrays["flagged"]
-        reached = words.percent(100 * float(arrays["reached"][label]))
-        says = f'<span class="says{" hit" if flagged else ""}"><i>index {words.number(float(index[label]))}</i>'
-        says += f"{escape(class_name(record, int(label)))}: {reached}</span>"
-        alt = f"inverted trigger for class {class_name(record, int(label))}"
-        pictures = f'<img src="{strip.data_uri(alone)}" alt="{escape(alt)}">'
-        pictures += f'<img src="{strip.data_uri(made)}" alt="{escape(alt)}, on an image">'
-        cells.append(f"<td>{pictures}{says}</td>")
+        told = f"index {words.number(float(index[label]))}"
+        given = (arrays["masks"][label], arrays["patterns"][label], example, int(label), float(arrays["reached"][label]))
+        cells.append(_cell(record, *given, told, hit=label in arrays["flagged"]))
+    return _strip(heading, cells)
+
+
+def stand_in_html(record, arrays: dict[str, np.ndarray], heading: str) -> str:
+    """The trigger that stood in for the real one, on grey and on an image."""
+    if "reached" not in arrays:
+        return ""
+    given = (arrays["mask"], arrays["pattern"], arrays["example"].astype(np.float32), int(arrays["label"]))
+    told = f"about {words.number(float(arrays['mask'].sum()), 0)} pixels"
+    return _strip(heading, [_cell(record, *given, float(arrays["reached"]), told)])
+
+
+def _strip(heading: str, cells: list[str]) -> str:
     return (
         f'<table class="strip" style="--n:{len(cells)}"><caption>{escape(heading)}</caption>'
         f"<tbody><tr>{''.join(cells)}</tr></tbody></table>"
     )
+
+
+def _cell(record, mask, pattern, example, label: int, reached: float, told: str, *, hit: bool = False) -> str:
+    """One trigger on grey and on an image, with what is told of it and the share of images that it turns."""
+    alone, made = (_laid(mask, pattern, under) for under in (GREY, example))
+    name = class_name(record, label)
+    says = f'<span class="says{" hit" if hit else ""}"><i>{told}</i>{escape(name)}: {words.percent(100 * reached)}</span>'
+    alt = f"inverted trigger for class {name}"
+    pictures = f'<img src="{strip.data_uri(alone)}" alt="{escape(alt)}">'
+    pictures += f'<img src="{strip.data_uri(made)}" alt="{escape(alt)}, on an image">'
+    return f"<td>{pictures}{says}</td>"
 
 
 def _laid(mask: np.ndarray, pattern: np.ndarray, under) -> np.ndarray:

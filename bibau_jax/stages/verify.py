@@ -59,11 +59,9 @@ def stand_in(this: Run, found: scan.Scan, models: dict[str, evaluate.Measured]) 
         chosen = scan.some_of(this.splits.clean, this.config["scan"]["images"])
         given = (keys.stream(this.key, "stand_in"), this.classifier, variables, chosen)
         triggers, _ = inversion.invert(*given, classes=(label,), also=(tuned,), journal=journal, **search)
-        if np.isfinite(triggers.sizes[0]):
-            mask, pattern = triggers.masks[0], triggers.patterns[0]
-        else:
-            mask, pattern = found.triggers.masks[label], found.triggers.patterns[label]
-        write_arrays(path, {"mask": mask, "pattern": pattern})
+        kept, place = (triggers, 0) if np.isfinite(triggers.sizes[0]) else (found.triggers, label)
+        arrays = {"mask": kept.masks[place], "pattern": kept.patterns[place], "reached": kept.reached[place]}
+        write_arrays(path, arrays | {"label": np.array(label), "example": this.measured.images[0]})
         journal.keeper.clear()
     with np.load(path) as arrays:
         return arrays["mask"], arrays["pattern"]
@@ -103,7 +101,7 @@ def _ideal(this: Run, kind: str, attack: attacks.Attack, variables) -> dict:
 
 def _fine_tuned(this: Run, variables) -> dict:
     """The suspicious model after fine-tuning, as the defence `ft` does it."""
-    return _kept(this, f"verify/{STAND_IN}/ft", lambda journal: purify.apply(this, "ft", variables, journal))
+    return _kept(this, f"verify/{STAND_IN}/tuned", lambda journal: purify.apply(this, "ft", variables, journal))
 
 
 def _kept(this: Run, stage: str, made: Callable[[train.Journal], Purified]) -> dict:
