@@ -48,9 +48,9 @@ def verdict(record) -> str:
         said[:0] = _outcome(before, after)
         if words.is_number(after.extra.get("stand_in_asr")):
             rates = [words.percent(m.extra.get("stand_in_asr")) for m in (before, after)]
-            patch = "That patch" if found["flagged"] else "The likeliest patch"
+            what = "The trigger that stands in for the attacker’s" if found["flagged"] else "The likeliest trigger"
             again = _called_back(after, "stand_in_")
-            said.append(f"{patch} worked on {rates[0]} of other images; in the purified model it works on {rates[1]}{again}.")
+            said.append(f"{what} worked on {rates[0]} of other images; in the purified model it works on {rates[1]}{again}.")
         if after.asr is not None and before.asr is not None:
             rates = [words.percent(m.asr.percent) for m in (before, after)]
             said.append(f"The given trigger worked on {rates[0]} and works on {rates[1]}{_called_back(after)}.")
@@ -329,10 +329,9 @@ def stand_in_html(record, arrays: dict[str, np.ndarray], heading: str) -> str:
 
 
 def _strip(heading: str, cells: list[str]) -> str:
-    return (
-        f'<table class="strip" style="--n:{len(cells)}"><caption>{escape(heading)}</caption>'
-        f"<tbody><tr>{''.join(cells)}</tr></tbody></table>"
-    )
+    """Cells in a row, each as wide as if there were SHOWN of them."""
+    row = "".join(cells) + "<td></td>" * (SHOWN - len(cells))
+    return f'<table class="strip" style="--n:{SHOWN}"><caption>{escape(heading)}</caption><tbody><tr>{row}</tr></tbody></table>'
 
 
 def _cell(record, mask, pattern, example, label: int, reached: float, told: str, *, hit: bool = False) -> str:
