@@ -48,7 +48,7 @@ def m_step_loss(params, state, images, adversarial, labels, backdoored, *, class
     # Interleaved, so that a sharded batch stays where it is; both halves pass BatchNorm together.
     both = jnp.stack([images, adversarial], 1).reshape(-1, *images.shape[1:])
     outputs = classifier.apply({"params": params, "batch_stats": state.statistics}, both, train=True)
-    losses = terms.cross_entropy(outputs.logits, jnp.repeat(labels, 2)).reshape(-1, 2)
+    losses = _taught(outputs.logits, jnp.repeat(labels, 2), images, backdoored, classifier, weights).reshape(-1, 2)
     attacked = jnp.ones(len(labels)) if target is None else (labels != target).astype(jnp.float32)
     clean_loss = losses[:, 0].mean()
     adversarial_loss = (losses[:, 1] * attacked).sum() / jnp.maximum(attacked.sum(), 1.0)
@@ -65,6 +65,14 @@ def m_step_loss(params, state, images, adversarial, labels, backdoored, *, class
         loss += weights.iewc * parts["iewc"]
     parts["accuracy"] = jnp.mean(jnp.argmax(outputs.logits, -1).reshape(-1, 2)[:, 0] == labels)
     return loss, (outputs.statistics, parts)
+
+
+def _taught(logits, labels, images, backdoored, classifier: Classifier, weights: Weights) -> jax.Array:
+    """CE(f(x), y), or with `softened` in part what f_b makes of the clean image; every image and its x' in turn."""
+    if not weights.softened:
+        return terms.cross_entropy(logits, labels)
+    teacher = jnp.repeat(classifier.apply(backdoored, images).logits, 2, axis=0)
+    return terms.distillation(teacher, logits, labels, alpha=weights.softened, temperature=weights.temperature)
 
 
 def step(
@@ -189,6 +197,7 @@ def purify(
     iewc_form: str = "clip",
     attack_form: str = "cross_entropy",
     balance: float = 0.0,
+    softened: float = 0.0,
     unlearning_labels: str = "predicted",
     fisher_refresh: str = "epoch",
     fisher_chunk: int = 32,
@@ -206,6 +215,8 @@ def purify(
       iewc_cap, iewc_form: c and the form of the inverse penalty, see `method.ewc.inverse_penalty`.
       attack_form: how the E-step counts that the suspicious model is fooled, see `method.terms.evidence`. balance: 0 adds both
         models' gradients with respect to x' as they are, the paper's way; above 0 see `balanced_gradient` (ours).
+      softened: share, 0..1, of the M-step's cross-entropies that is given to the suspicious model's softened answer to the clean
+        image, for it and for x' alike, as in L_kd (ours; 0 is the paper's: true labels alone).
       unlearning_labels: "predicted" or "true", see `unlearning_set`. fisher_refresh: F^cl "never" or every "epoch".
     """
     check_clean(classifier, clean)
@@ -222,6 +233,7 @@ def purify(
         "iewc_form": iewc_form,
         "attack_form": attack_form,
         "balance": balance,
+        "softened": softened,
     }
     check(
         classifier.num_classes,

@@ -43,6 +43,7 @@ class Weights(NamedTuple):
     iewc_form: str
     attack_form: str = "cross_entropy"
     balance: float = 0.0
+    softened: float = 0.0
 
 
 def weighted(
@@ -60,11 +61,12 @@ def weighted(
     iewc_form: str,
     attack_form: str,
     balance: float,
+    softened: float,
 ) -> Weights:
     """The weights of an ablation: terms that it leaves out have weight 0."""
     with_a, with_b = ABLATIONS[ablation]
     lambdas = (with_a * lambda_kd, with_b * lambda_prior, with_a * lambda_ewc, with_b * lambda_iewc)
-    return Weights(*lambdas, alpha, temperature, eta, prior_form, iewc_cap, iewc_form, attack_form, balance)
+    return Weights(*lambdas, alpha, temperature, eta, prior_form, iewc_cap, iewc_form, attack_form, balance, softened)
 
 
 def check(
@@ -83,6 +85,7 @@ def check(
     iewc_form: str = "clip",
     attack_form: str = "cross_entropy",
     balance: float = 0.0,
+    softened: float = 0.0,
     unlearning_labels: str = "predicted",
     fisher_refresh: str = "epoch",
     fisher_chunk: int = 32,
@@ -105,8 +108,8 @@ def check(
         raise UserError("pgd.fooled must lie within 0..1")
     if iewc_cap <= 0 or temperature <= 0:
         raise UserError("iewc_cap and temperature must be positive")
-    if not 0 <= eta <= 1 or not 0 <= alpha <= 1:
-        raise UserError("eta and alpha must lie within 0..1")
+    if not 0 <= eta <= 1 or not 0 <= alpha <= 1 or not 0 <= softened <= 1:
+        raise UserError("eta, alpha and softened must lie within 0..1")
     negative = [name for name, value in others.items() if name.startswith("lambda_") and value < 0]
     if negative or max_grad_norm < 0:
         raise UserError(f"{', '.join(negative) or 'max_grad_norm'} must not be negative")

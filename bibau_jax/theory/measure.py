@@ -34,7 +34,7 @@ from bibau_jax.workdir import read_config
 EVERY = 3  # states kept in an epoch
 APART = 1e-3  # of the parameters' length: what a purification that is run again may end away from the run's own
 LAMBDAS = ("lambda_kd", "lambda_prior", "lambda_ewc", "lambda_iewc")
-CONSTANTS = ("alpha", "temperature", "eta", "prior_form", "iewc_cap", "iewc_form", "attack_form", "balance")
+CONSTANTS = ("alpha", "temperature", "eta", "prior_form", "iewc_cap", "iewc_form", "attack_form", "balance", "softened")
 
 
 def of_run(this: Run, rows: list[str], states: Path | None, *, images: int, tangents: int) -> dict:
