@@ -215,8 +215,8 @@ def purify(
       iewc_cap, iewc_form: c and the form of the inverse penalty, see `method.ewc.inverse_penalty`.
       attack_form: how the E-step counts that the suspicious model is fooled, see `method.terms.evidence`. balance: 0 adds both
         models' gradients with respect to x' as they are, the paper's way; above 0 see `balanced_gradient` (ours).
-      softened: share, 0..1, of the M-step's cross-entropies that is given to the suspicious model's softened answer to the clean
-        image, for it and for x' alike, as in L_kd (ours; 0 is the paper's: true labels alone).
+      softened: share, 0..1, of what the M-step teaches that is the suspicious model's softened answer to the clean image, for
+        it and for x' alike, by the formula of L_kd (ours; 0 is the paper's: true labels alone).
       unlearning_labels: "predicted" or "true", see `unlearning_set`. fisher_refresh: F^cl "never" or every "epoch".
     """
     check_clean(classifier, clean)
