@@ -174,19 +174,28 @@ def test_a_purification_takes_the_bound_that_it_found_and_tells_it(backdoored):
 # --- M-step
 
 
-@pytest.mark.parametrize("target", [None, 3])
-def test_the_loss_of_the_m_step_is_the_sum_of_its_terms(tiny, tiny_variables, moved, clean, target):
+def softened(logits, teacher, labels, share: float, temperature: float) -> np.ndarray:
+    """(1 - share) CE to the labels + share T^2 KL to the teacher's answers at T, by hand."""
+    logits, teacher = np.asarray(logits, np.float64), np.asarray(teacher, np.float64)
+    p, q = (np.exp(z / temperature) / np.exp(z / temperature).sum(-1, keepdims=True) for z in (teacher, logits))
+    right = np.take_along_axis(logits, np.asarray(labels)[:, None], -1)[:, 0]
+    return share * temperature**2 * (p * np.log(p / q)).sum(-1) + (1 - share) * (np.log(np.exp(logits).sum(-1)) - right)
+
+
+@pytest.mark.parametrize(("target", "share"), [(None, 0.0), (3, 0.0), (None, 0.7), (3, 1.0)])
+def test_the_loss_of_the_m_step_is_the_sum_of_its_terms(tiny, tiny_variables, moved, clean, target, share):
     images, labels = jnp.asarray(clean.images, jnp.float32), jnp.asarray(clean.labels)
     adversarial = jnp.clip(images + 10.0, 0, 255)
     params, anchor = moved["params"], tiny_variables["params"]
     fishers = [jax.tree.map(lambda leaf, size=size: jnp.full_like(leaf, size), params) for size in (0.1, 0.2)]
     state = bibau.UnlearningState(jnp.int32(0), params, moved["batch_stats"], (), *fishers)
-    weights = ALL._replace(ewc=2.0, iewc=3.0)
+    weights = ALL._replace(ewc=2.0, iewc=3.0, softened=share)
     loss, (statistics, parts) = bibau.m_step_loss(
         *(params, state, images, adversarial, labels, tiny_variables), classifier=tiny, target=target, weights=weights
     )
     both = tiny.apply(moved, jnp.concatenate([images, adversarial]), train=True)
-    ce = terms.cross_entropy(both.logits, jnp.tile(labels, 2)).reshape(2, 40)
+    teacher = jnp.tile(tiny.apply(tiny_variables, images).logits, (2, 1))
+    ce = softened(both.logits, teacher, jnp.tile(labels, 2), share, weights.temperature).reshape(2, 40)
     attacked = np.ones(40, bool) if target is None else clean.labels != target
     quadratics = [ewc.quadratic_form(fisher, params, anchor) for fisher in fishers]
     inverse = ewc.inverse_penalty(quadratics[1], 100.0, "neg_log")

@@ -265,6 +265,7 @@ def test_an_unknown_schedule_is_refused(name, backdoored):
         ({"prior_form": "angle"}, 'prior_form "angle" is unknown; choose one of cosine, inner'),
         ({"iewc_form": "log"}, 'iewc_form "log" is unknown; choose one of clip, neg_log, hinge'),
         ({"balance": -0.1}, "balance must not be negative"),
+        ({"softened": 1.1}, "eta, alpha and softened must lie within 0..1"),
         ({"attack_form": "logit"}, 'attack_form "logit" is unknown; choose one of cross_entropy, margin'),
         ({"unlearning_labels": "false"}, 'unlearning_labels "false" is unknown; choose one of predicted, true'),
         ({"fisher_refresh": "step"}, 'fisher_refresh "step" is unknown; choose one of never, epoch'),
@@ -273,7 +274,7 @@ def test_an_unknown_schedule_is_refused(name, backdoored):
         ({"pgd": Perturbation(steps=-1)}, "pgd.steps at least 0"),
         ({"pgd": Perturbation(fooled=1.5)}, "pgd.fooled must lie within 0..1"),
         ({"iewc_cap": 0.0}, "iewc_cap and temperature must be positive"),
-        ({"eta": 1.5}, "eta and alpha must lie within 0..1"),
+        ({"eta": 1.5}, "eta, alpha and softened must lie within 0..1"),
     ],
 )
 def test_bibau_refuses_settings_that_mean_nothing(options, words, backdoored):

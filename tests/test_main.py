@@ -108,7 +108,7 @@ def done(finished, tmp_path):
         ({"defense.iewc_form": "tanh"}, 'iewc_form "tanh" is unknown; choose one of '),
         ({"defense.pgd.norm": "l0"}, 'pgd.norm "l0" is unknown; choose one of l2, linf, l1'),
         ({"defense.pgd.epsilon": 0.0}, "pgd.epsilon and pgd.step_size must be positive, pgd.steps at least 0"),
-        ({"defense.eta": 1.5}, "eta and alpha must lie within 0..1"),
+        ({"defense.eta": 1.5}, "eta, alpha and softened must lie within 0..1"),
         ({"defense.temperature": 0.0}, "iewc_cap and temperature must be positive"),
         ({"defense.lambda_kd": -1.0}, "lambda_kd must not be negative"),
         ({"defense.fisher_chunk": 0}, "fisher_chunk must be at least 1"),
