@@ -26,7 +26,7 @@ USES = {
     "clean": (),
     "ft": TRAINING,
     "ibu": (*TRAINING, "ibu"),
-    "base_at": (*TRAINING, "pgd", "max_grad_norm"),
+    "base_at": (*TRAINING, "pgd", "max_grad_norm", "softened", "temperature"),
     "nc": (*TRAINING, "nc"),
     # The section of these holds all their settings.
     **{name: (name,) for name in ("bti_dbf", "anp", "ep", "bnp", "rnp", "clp", "i_bau", "sau", "pam", "nad")},
