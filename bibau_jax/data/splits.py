@@ -77,6 +77,11 @@ def evenly_chosen(labels: np.ndarray, count: int) -> np.ndarray:
     return chosen
 
 
+def some_of(images: ImageSet, count: int) -> ImageSet:
+    """At most `count` of the images, as many of each class as can be; UserError for fewer than one a class."""
+    return images.take(class_balanced(images.labels, min(count, len(images))))
+
+
 def class_balanced(labels: np.ndarray, count: int) -> np.ndarray:
     """Positions of `count` images, sorted, as many of each class as there are; UserError for fewer than one a class."""
     if count > len(labels):

@@ -143,7 +143,7 @@ def sufficient(
     """
     if not perturbation.fooled:
         return perturbation, {}
-    rows = clean.take(splits.class_balanced(clean.labels, min(max(TRIED, classifier.num_classes), len(clean))))
+    rows = splits.some_of(clean, max(TRIED, classifier.num_classes))
     rows = rows.take(np.flatnonzero(rows.labels != target))
     alone, form, key = weights._replace(kd=0.0, prior=0.0), weights.attack_form, keys.stream(key, "sufficient")
 

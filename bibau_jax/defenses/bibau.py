@@ -248,7 +248,7 @@ def purify(
         **objective,
     )
     weights = weighted(ablation, **objective)
-    attack, told = {"target": target_label if targeted else None}, {}
+    shared = {"classifier": classifier, "weights": weights, "target": target_label if targeted else None}
     steps = epochs * max(1, len(clean) // min(batch_size, len(clean)))
     optimizer = train.sgd(
         train.learning_rate_schedule(schedule, learning_rate, steps),
@@ -257,28 +257,24 @@ def purify(
         max_grad_norm=max_grad_norm,
     )
     variables = parallel.replicate({name: variables[name] for name in ("params", "batch_stats")})
-    given = {"classifier": classifier, "weights": weights, "batch_size": batch_size, "perturbation": pgd}
-    attack["perturbation"], found = sufficient(clean, variables, key, **given, **attack)
+    shared["perturbation"], found = sufficient(clean, variables, key, perturbation=pgd, batch_size=batch_size, **shared)
     if found:
-        told["perturbation"] = found
         progress.say(_said(found, pgd.norm), show=journal.show)
     fishers = {"refresh": fisher_refresh, "chunk": fisher_chunk, "labels": unlearning_labels, "batch_size": batch_size}
     state, history = train.fit(
-        partial(step, classifier=classifier, optimizer=optimizer, weights=weights, padding=padding, flip=flip, **attack),
+        partial(step, optimizer=optimizer, padding=padding, flip=flip, **shared),
         _first_state(variables, optimizer),
         as_data(clean),
         key=key,
         epochs=epochs,
         batch_size=batch_size,
         frozen={"backdoored": variables},
-        before_epoch=fisher_before_epoch(clean, variables, key, classifier=classifier, weights=weights, **fishers, **attack),
+        before_epoch=fisher_before_epoch(clean, variables, key, **fishers, **shared),
         after_epoch=watch(classifier, held_out),
         journal=journal,
     )
-    samples = sample(
-        clean, state.variables, variables, key, classifier=classifier, weights=weights, batch_size=batch_size, **attack
-    )
-    return Purified(state.variables, history, samples, told)
+    samples = sample(clean, state.variables, variables, key, batch_size=batch_size, **shared)
+    return Purified(state.variables, history, samples, {"perturbation": found} if found else {})
 
 
 def _said(found: dict, norm: str) -> str:

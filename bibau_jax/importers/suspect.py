@@ -101,7 +101,7 @@ def bring(
         raise UserError(f"{weights}: {error}") from None
     names = _names(weights, first.num_classes, class_names)
     _refuse_missing(images.labels, names)
-    some = images.take(splits.class_balanced(images.labels, min(len(images), max(TRIED_ON, len(names)))))
+    some = splits.some_of(images, max(TRIED_ON, len(names)))
     logits = {
         name: train.logits(build(network, scaling), imported.variables, some.images) for name, scaling in candidates.items()
     }

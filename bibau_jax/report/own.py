@@ -321,7 +321,7 @@ def triggers_html(record, arrays: dict[str, np.ndarray], heading: str) -> str:
 
 def stand_in_html(record, arrays: dict[str, np.ndarray], heading: str) -> str:
     """The trigger that stood in for the real one, on grey and on an image."""
-    if "reached" not in arrays:
+    if not arrays:
         return ""
     given = (arrays["mask"], arrays["pattern"], arrays["example"].astype(np.float32), int(arrays["label"]))
     told = f"about {words.number(float(arrays['mask'].sum()), 0)} pixels"

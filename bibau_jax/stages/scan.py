@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from bibau_jax import keys, parallel, progress, records, train
+from bibau_jax import keys, parallel, progress, records
 from bibau_jax.data import ImageSet, splits
 from bibau_jax.defenses import inversion
 from bibau_jax.errors import UserError
@@ -20,6 +20,7 @@ from bibau_jax.models import Classifier
 from bibau_jax.run import Run, load_model, update, write_arrays
 from bibau_jax.stages import evaluate
 
+VERDICT = ("limit", "share")  # settings of what is made of the triggers, not of the search for them
 COMPARABLE = 3  # classes; fewer have no median to stand out from
 LEAST_SPREAD = 0.05  # of the logarithms: where sizes are alike to 5 % or there is none, one that is half as large stands out
 
@@ -66,31 +67,31 @@ def scan(
     variables,
     clean: ImageSet,
     *,
-    images: int = 500,
     limit: float = 2.0,
     share: float = 0.5,
-    journal: train.Journal = train.Journal(),
     **search,
 ) -> Scan:
-    """Inverts a trigger for every class on `images` of the clean ones, at least one of each class; `search`: see `invert`.
+    """Inverts a trigger for every class and compares them; `search`: see `searched`.
 
     A class is flagged where its index is above `limit` (the paper: 2) and its trigger at most `share` of the median's size:
     where all classes are nearly alike, a little less than the others says nothing. Two classes have no spread to compare with:
     both triggers are inverted, and it cannot be told whether one is too small.
     """
-    chosen = some_of(clean, max(images, classifier.num_classes))
-    triggers, _ = inversion.invert(key, classifier, variables, chosen, journal=journal, **search)
-    return judged(triggers, limit=limit, share=share)
+    return judged(searched(key, classifier, variables, clean, **search), limit=limit, share=share)
 
 
-def some_of(clean: ImageSet, count: int) -> ImageSet:
-    """At most `count` of the clean images, as many of each class as can be."""
-    return clean.take(splits.class_balanced(clean.labels, min(count, len(clean))))
+def searched(
+    key: jax.Array, classifier: Classifier, variables, clean: ImageSet, *, images: int = 500, **search
+) -> inversion.Triggers:
+    """Triggers inverted on `images` of the clean ones, at least one of each class; `search`: see `inversion.invert`."""
+    chosen = splits.some_of(clean, max(images, classifier.num_classes))
+    return inversion.invert(key, classifier, variables, chosen, **search)[0]
 
 
-def settings_of(this: Run) -> dict[str, Any]:
-    """The settings of a run that `scan` takes."""
-    return dict(this.config["scan"]) | {name: this.config["data"][name] for name in ("padding", "flip")}
+def search_of(this: Run) -> dict[str, Any]:
+    """The settings of a run that `searched` takes."""
+    section = {name: value for name, value in this.config["scan"].items() if name not in VERDICT}
+    return section | {name: this.config["data"][name] for name in ("padding", "flip")}
 
 
 def judged(triggers: inversion.Triggers, *, limit: float = 2.0, share: float = 0.5) -> Scan:
@@ -132,7 +133,8 @@ def of_model(this: Run, command: str, one: evaluate.Measured, room: str) -> Scan
     journal, variables = this.journal(room), load_model(this, one.stage)[0]
     with cost.measure() as spent:
         given = (keys.stream(this.key, "scan"), this.classifier, variables, this.splits.clean)
-        found = scan(*given, journal=journal, **settings_of(this))
+        verdict = {name: this.config["scan"][name] for name in VERDICT}
+        found = scan(*given, journal=journal, **verdict, **search_of(this))
     arrays = found.triggers._asdict() | {"index": found.index, "flagged": np.array(found.flagged, int)}
     arrays["example"] = this.measured.images[0]
     write_arrays(path, arrays)

@@ -12,7 +12,7 @@ import numpy as np
 from bibau_jax import attacks, checkpoint, keys, records, train
 from bibau_jax.attacks import patch
 from bibau_jax.data import ImageSet
-from bibau_jax.defenses import Purified, ibu, inversion
+from bibau_jax.defenses import Purified, ibu
 from bibau_jax.errors import UserError
 from bibau_jax.metrics import cost, rates
 from bibau_jax.run import Run, load_model, update, write_arrays
@@ -55,10 +55,8 @@ def stand_in(this: Run, found: scan.Scan, models: dict[str, evaluate.Measured]) 
     if not path.exists():
         variables, journal = load_model(this, evaluate.BEFORE.stage)[0], this.journal(f"verify/{STAND_IN}/inverted")
         tuned = load_model(this, models["ft"].stage)[0] if "ft" in models else _fine_tuned(this, variables)
-        search = {name: value for name, value in scan.settings_of(this).items() if name not in ("images", "limit", "share")}
-        chosen = scan.some_of(this.splits.clean, this.config["scan"]["images"])
-        given = (keys.stream(this.key, "stand_in"), this.classifier, variables, chosen)
-        triggers, _ = inversion.invert(*given, classes=(label,), also=(tuned,), journal=journal, **search)
+        given = (keys.stream(this.key, "stand_in"), this.classifier, variables, this.splits.clean)
+        triggers = scan.searched(*given, classes=(label,), also=(tuned,), journal=journal, **scan.search_of(this))
         kept, place = (triggers, 0) if np.isfinite(triggers.sizes[0]) else (found.triggers, label)
         arrays = {"mask": kept.masks[place], "pattern": kept.patterns[place], "reached": kept.reached[place]}
         write_arrays(path, arrays | {"label": np.array(label), "example": this.measured.images[0]})
