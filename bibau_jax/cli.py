@@ -7,7 +7,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from bibau_jax.errors import NOT_APPLICABLE, NotApplicable, UserError
+from bibau_jax.errors import NOT_APPLICABLE, NotApplicable, UserError, say
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "settings, e.g. configs/cifar10.py:blended", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run; the same command goes on where it was cut off")
@@ -15,8 +15,8 @@ WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run; the same com
 
 def fail(message) -> None:
     """Ends the program with one line on stderr and exit status 2, or 3 where a defence cannot treat the network."""
-    said, unfit = " ".join(str(message).split()), isinstance(message, NotApplicable)
-    sys.stderr.write(f"bibau_jax: {'not applicable: ' if unfit else ''}{said}\n")
+    unfit = isinstance(message, NotApplicable)
+    say(f"not applicable: {message}" if unfit else message)
     sys.exit(NOT_APPLICABLE if unfit else 2)
 
 

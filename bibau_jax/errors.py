@@ -1,5 +1,7 @@
 """The one exception for what a user can put right: it is printed as a single line, never as a traceback."""
 
+import sys
+
 MOST = 1000  # characters of a message
 
 
@@ -11,6 +13,11 @@ class UserError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(shown(str(message), MOST))
+
+
+def say(message) -> None:
+    """Writes one line on stderr, as every command tells what went wrong."""
+    sys.stderr.write(f"bibau_jax: {' '.join(str(message).split())}\n")
 
 
 def shown(text: str, most: int = 80) -> str:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bibau_jax import progress, records
-from bibau_jax.errors import NOT_APPLICABLE, UserError
+from bibau_jax.errors import NOT_APPLICABLE, UserError, say
 
 LOG = "grid.jsonl"  # one line a finished or failed run
 
@@ -267,15 +267,15 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         failed = run(jobs, given.workdir, engine)
     except UserError as error:
-        sys.stderr.write(f"bibau_jax: {' '.join(str(error).split())}\n")
+        say(error)
         return 2
     except OSError as error:
         _stop()
-        sys.stderr.write(f"bibau_jax: cannot write {error.filename or given.workdir}: {error.strerror}\n")
+        say(f"cannot write {error.filename or given.workdir}: {error.strerror}")
         return 2
     except KeyboardInterrupt:
         _stop()
-        sys.stderr.write("bibau_jax: interrupted; the same command goes on where the runs were\n")
+        say("interrupted; the same command goes on where the runs were")
         return 2
     return 1 if failed else 0
 

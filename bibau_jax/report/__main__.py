@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bibau_jax import records
 from bibau_jax.errors import UserError
-from bibau_jax.report import pictures, series, shapes, words
+from bibau_jax.report import pictures, series, shapes, tables, words
 
 NOTE = (
     "Mean ± sample standard deviation over seeds, in percent (BEC: 0 as the clean twin, 1 as the backdoored model). The "
@@ -47,6 +47,8 @@ def collect(folder: Path) -> tuple[dict, list[str]]:
 
 def write(folder: Path, out: Path) -> tuple[list[Path], list[str]]:
     """Writes tables (Markdown, CSV, HTML) and pictures of the runs in `folder`; returns their paths and what was unreadable."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder")
     found, broken = collect(folder)
     if not found:
         raise UserError(f"{folder} holds no record that can be read" + (f": {broken[0]}" if broken else ""))
@@ -125,17 +127,7 @@ def main(arguments=None) -> int:
     parser.add_argument("folder", type=Path, help="folder with runs, or with their records")
     parser.add_argument("--out", type=Path, default=None, help="folder to write to; default: report in the folder of the runs")
     given = parser.parse_args(arguments)
-    try:
-        if not given.folder.is_dir():
-            raise UserError(f"{given.folder} is no folder")
-        written, broken = write(given.folder, given.out or given.folder / "report")
-    except (UserError, OSError) as error:
-        print(f"bibau_jax: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    for line in broken:
-        print(f"bibau_jax: left out: {line}", file=sys.stderr)
-    print("\n".join(map(str, written)))
-    return 1 if broken else 0
+    return tables.told(lambda: write(given.folder, given.out or given.folder / "report"))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from bibau_jax import records
-from bibau_jax.errors import UserError
+from bibau_jax.errors import UserError, say
 from bibau_jax.report import figures, gone, own, progress, series, strip, words
 
 STAGES = {"implant": "Implanting the backdoor", "clean": "Training the clean twin", "evaluate": "Evaluation"}
@@ -309,7 +309,7 @@ def main(arguments=None) -> int:
     try:
         print(write(parser.parse_args(arguments).workdir))
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(error)
         return 1
     return 0
 

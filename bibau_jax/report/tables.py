@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bibau_jax import records
-from bibau_jax.errors import UserError
+from bibau_jax.errors import UserError, say
 from bibau_jax.report import own, series, words
 
 HEADINGS = {"ca": "CA", "asr": "ASR", "robust_accuracy": "Robust accuracy", "ca_loss": "CA loss", "seconds": "Seconds"}
@@ -194,7 +194,7 @@ def main(arguments=None) -> int:
     parser.add_argument("--readme", help="a Markdown file to put the summary into, between its result markers")
     flags = parser.parse_args(arguments)
     if flags.readme and not Path(flags.readme).is_file():
-        print(f"error: there is no file {flags.readme}", file=sys.stderr)
+        say(f"there is no file {flags.readme}")
         return 1
 
     def work():
@@ -212,13 +212,13 @@ def told(work) -> int:
     try:
         written, broken = work()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(error)
         return 1
     except OSError as error:
-        print(f"error: cannot write {error.filename}: {error.strerror}", file=sys.stderr)
+        say(f"cannot write {error.filename}: {error.strerror}")
         return 1
     for line in broken:
-        print(f"skipped {line}", file=sys.stderr)
+        say(f"left out: {line}")
     for path in written:
         print(path)
     return 1 if broken else 0

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from bibau_jax import records
-from bibau_jax.errors import UserError
+from bibau_jax.errors import UserError, say
 from bibau_jax.report import words
 from bibau_jax.report.pictures import COLOURS, colour, plotting, save
 
@@ -237,8 +237,7 @@ def picture(runs: list[dict], path: Path) -> Path | None:
 
 def refused(error: Exception, folder: Path) -> int:
     """Says in one line why nothing was made of the records in a folder; the exit status."""
-    told = f"a record in {folder} is damaged: it has no {error}" if isinstance(error, KeyError) else str(error)
-    print(f"bibau_jax: {' '.join(told.split())}", file=sys.stderr)
+    say(f"a record in {folder} is damaged: it has no {error}" if isinstance(error, KeyError) else error)
     return 1
 
 
