@@ -4,7 +4,6 @@ A stage takes what the one before it left in the run's folder and leaves its own
 and goes on from its last checkpoint when it was cut off.
 """
 
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -87,8 +86,12 @@ def write_report(this: Run, command: str) -> None:
 
 def command_line() -> str:
     """The command that started this program, for all stages: run in another folder, it makes the same record."""
-    told = " ".join(map(shlex.quote, sys.argv[1:]))
-    kept = shlex.split(re.sub(r"(^|\s)--?config\.stages[= ]\S+", "", told))
+    kept, given = [], iter(sys.argv[1:])
+    for flag in given:
+        if flag.lstrip("-") == "config.stages":
+            next(given, None)  # its value stands apart
+        elif not flag.lstrip("-").startswith("config.stages="):
+            kept.append(flag)
     return shlex.join(["python", "-m", "bibau_jax.main", *kept])
 
 

@@ -51,6 +51,15 @@ class Guard:
         """Whether no further epoch is to begin."""
         return self.watches(history) and not self.keeps(history[-1]) and any(map(self.keeps, history[:-1]))
 
+    def judge(self, accuracy: float) -> None:
+        """Says so where what a defence gave, of this held-out accuracy, is beyond the limit and no epoch was within it."""
+        lost = 100 * (self.before - accuracy)
+        if lost > self.limit and not self.told:
+            self.told = (
+                f"The limit on the loss of clean accuracy was passed, and nothing within it was made: what is given back costs "
+                f"{lost:.1f} points (the limit is {self.limit:g}). Do not deploy it."
+            )
+
     def best(self, state, history: list[dict]):
         """The state to give back: the last, or the best where the last is beyond the limit."""
         if not self.watches(history) or self.keeps(history[-1]):

@@ -74,8 +74,8 @@ def check(run: Run, wanted: list[str]) -> None:
     for section, images in (("implant", run.splits.train), ("defense", run.splits.clean)):
         taken = min(config[section]["batch_size"], len(images))  # a batch is at most the whole set
         parallel.check_batch(taken, f"{section}.batch_size (of {len(images)} images)")
-    if "reactivate" in wanted or "verify" in wanted:
-        reactivate.check(run)
+    if "reactivate" in wanted:
+        reactivate.check(run, config["attack"]["name"])
     if "scan" in wanted or "verify" in wanted:
         scan.check(config["scan"])
     if "verify" in wanted:
@@ -114,6 +114,11 @@ def _own(run: Run, wanted: list[str]) -> None:
         return
     if lost := [stage for stage in wanted if stage in ("evaluate", "reactivate")]:
         raise UserError(f'the stage "{lost[0]}" is about an attack that was implanted here; a model from a file has "verify"')
+    sizes = ("width", "stages", "hidden", "patch", "size", "projection")
+    if told := [name for name in sizes if run.config["model"][name] is not None]:
+        raise UserError(f"model.{told[0]} is told by the file of weights: leave it open")
+    if run.config["model"]["file"] and run.config["model"]["heads"]:
+        raise UserError("model.heads is for networks that are known here; those of model.file stand in that file")
     after = [stage for stage in wanted if stage in ("verify", "export")]
     if after and "purify" not in wanted and not (run.folder / "purify").exists():
         raise UserError(f'the stage "{after[0]}" comes after purify, and nothing is purified yet')

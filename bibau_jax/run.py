@@ -1,6 +1,7 @@
 """One run: its config, its folder, and what follows from them; how finished work is told and kept on disk."""
 
 import dataclasses
+import hashlib
 import inspect
 import shutil
 from functools import cached_property
@@ -9,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bibau_jax import attacks, checkpoint, data, defenses, keys, models, parallel, progress, records, train
+from bibau_jax import attacks, checkpoint, data, defenses, keys, models, npz, parallel, progress, records, train
 from bibau_jax.data import own, splits
 from bibau_jax.errors import UserError
 from bibau_jax.importers.pretrained import begin
@@ -42,9 +43,9 @@ class Run:
     def dataset(self) -> data.Dataset:
         section = self.config["data"]
         if section["folder"]:
-            size = section["image_size"] or None
-            mine = own.read(section["folder"], image_size=size)
-            test = own.read_test(section["test"], mine, image_size=size) if section["test"] else mine.images.take(slice(0))
+            sizes = {"image_size": section["image_size"] or None, "channels": section["channels"] or None}
+            mine = own.read(section["folder"], **sizes)
+            test = own.read_test(section["test"], mine, **sizes) if section["test"] else mine.images.take(slice(0))
             return data.Dataset("own", mine.images, test, mine.class_names)
         options = section.get(section["name"], {})
         progress.say(f"data: {section['name']}", show=parallel.is_lead())
@@ -104,7 +105,7 @@ class Run:
 
     def _bring(self) -> Suspect:
         section = self.config["model"]
-        taken = {name: section[name] or "" for name in ("file", *OF_A_FILE[1:], "mean", "std")}
+        taken = {name: section[name] or "" for name in ("file", *OF_A_FILE[1:], "mean", "std")} | {"heads": section["heads"]}
         kept = self.folder / "implant" / "model"
         if kept.exists():  # the scale of pixels was chosen then, if the file is the same
             told = checkpoint.info(kept)["told"]
@@ -119,6 +120,7 @@ class Run:
             **taken,
         )
         parts = {"given": self.dataset.train, "clean": self.splits.clean, "held_out": self.splits.validation}
+        found = found._replace(told=found.told | {"images_sha256": _digest(self.dataset.train, self.dataset.test)})
         return counted(found, **{name: len(part) for name, part in (parts | {"measured": self.measured}).items()})
 
     @cached_property
@@ -171,7 +173,7 @@ class Run:
         path = self.folder / "scan" / "triggers.npz"
         if not path.exists():
             return None
-        index = np.load(path)["index"]
+        index = npz.left(path, "index")["index"]
         return int(np.argmax(index)) if np.isfinite(index).any() else -1
 
     def model_folder(self, stage: str) -> Path:
@@ -191,6 +193,14 @@ class Run:
         keeper = checkpoint.Keeper(self.folder / stage / "checkpoints", every_steps=self.config["checkpoint_every"])
         scalars = records.Scalars(self.folder / "metrics.jsonl", tensorboard=self.config["tensorboard"], lead=lead)
         return train.Journal(stage, keeper, scalars, show=lead)
+
+
+def _digest(*parts: data.ImageSet) -> str:
+    """SHA-256 of images and labels."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part.images.tobytes() + part.labels.tobytes())
+    return found.hexdigest()
 
 
 def batch_sizes(config: dict) -> list[int]:

@@ -12,8 +12,8 @@ FREE = ("stages", "tensorboard", "checkpoint_every", "distributed", "export")
 FREE += ("data.data_dir", "data.manual_dir", "data.download")
 ADDABLE = ("defense.beside", "implant.reuse", "implant.clean_twin", "reactivate.checks")
 
-# Sections of the config, and the folder that settles them.
-LATER = {"defense": "purify", "reactivate": "reactivate", "scan": "scan", "verify": "verify"}
+# Sections of the config, and the folders that settle them.
+LATER = {"defense": ("purify",), "reactivate": ("reactivate", "verify"), "scan": ("scan",), "verify": ("verify",)}
 
 
 def told_apart_by(config: dict) -> dict:
@@ -45,14 +45,16 @@ def claim(workdir, config: dict) -> pathlib.Path:
     """The folder as an absolute path, made and marked with this config; a folder of another config or of no run is refused.
 
     The settings of the defences are free until the first of them has begun, and so are those of the checks that follow: one may
-    implant now and decide later. A trigger that becomes known after all may be given to `verify` at any time.
+    implant now and decide later. A trigger that becomes known after all, or was not the right one, may be given to the stage
+    `verify` at any time, which measures anew.
     """
     folder = pathlib.Path(workdir).expanduser().absolute()
     marker = folder / "config.json"
     if marker.exists():
-        undecided = [section for section, begun in LATER.items() if not (folder / begun).exists()]
+        undecided = [section for section, begun in LATER.items() if not any((folder / one).exists() for one in begun)]
         before = read_config(folder)
-        if not before.get("verify", {}).get("trigger"):
+        known = before.get("verify", {}).get("trigger")
+        if config.get("verify", {}).get("trigger") and (not known or "verify" in config["stages"]):
             undecided.append("verify")
         changed = differences(before, config, (*FREE, *ADDABLE, *undecided))
         if changed:

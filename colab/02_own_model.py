@@ -168,8 +168,9 @@ print("flagged:", sorted(flagged) or "none")
 # ## Purify and verify
 #
 # `purify` runs BI-BAU (U), which needs neither the trigger nor the attacker's class, so it does not depend on the scan.
-# `verify` then measures on clean images that were held out: accuracy, the scan again, and how often the patch that the scan
-# found works, as it is and after two attempts to wake the backdoor.
+# `verify` then measures on clean images that were held out: accuracy, the scan again, and how often a patch that stands in for
+# the trigger works, as it is and after two attempts to wake the backdoor. That patch is inverted once more, to work on the
+# model as it came and on a fine-tuned copy of it: what the scan finds is in part a quirk that any training takes away.
 
 # %%
 model.purify()

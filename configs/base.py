@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
     config.data.folder = ""  # one's own labelled images in place of a data set: a folder of class/picture, or an .npz file
     config.data.test = ""  # more of them, to measure on; "" measures on those held out
     config.data.image_size = 0  # side that one's own images are resized to; 0 leaves them
+    config.data.channels = 0  # 3 shows grey images of one's own in colour, for a network that takes colour; 0 leaves them
     config.data.held_out = 0.2  # share of one's own images that is never trained on, where one measures or chooses by it
     config.data.train_size = 0  # training images; 0 takes all that validation leaves
     config.data.clean_size = 2500  # the defender's clean images, drawn from the training images (5 %)
@@ -131,6 +132,7 @@ def get_config() -> ConfigDict:
     config.scan.enough = 0.95  # share of images that a trigger must send to its class
     config.scan.patience = 3  # epochs before the mask's weight changes
     config.scan.stop_after = 10  # epochs without a smaller mask
+    config.scan.memory = 4.0  # GiB: classes are searched together, as many at once as take about this much
     config.scan.limit = 2.0  # of the anomaly index
     config.scan.share = 0.5  # of the median's size that a suspicious trigger may have at most
 

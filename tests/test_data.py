@@ -196,6 +196,13 @@ def test_neither_part_of_ones_own_images_may_be_empty(share):
         splits.divide_own(keys.root(0), image_set([0, 1] * 10), held_out_share=share)
 
 
+def test_a_class_is_never_held_out_whole():
+    own = image_set([0] * 19 + [1])
+    for seed in range(10):
+        clean, held_out = splits.divide_own(keys.root(seed), own, held_out_share=0.5)
+        assert 1 in clean.labels and len(clean) + len(held_out) == 20
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [

@@ -327,3 +327,12 @@ def test_a_killed_run_goes_on_to_the_same_model(program, tmp_path, by, stage):
     trained = "implant" if stage == "implant/trigger" else stage  # the victim, with the trigger in it
     digests = [checkpoint.load(tmp_path / run / trained / "model")[1]["sha256"] for run in ("run", "whole")]
     assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize(
+    "given", [["--config.stages", "import, scan"], ["--config.stages=import, scan"], ["-config.stages=scan"]]
+)
+def test_the_command_that_is_recorded_names_no_stages(given, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["main", "--config=configs/digits.py", *given, "--config.data.folder=my images"])
+    told = "python -m bibau_jax.main --config=configs/digits.py '--config.data.folder=my images'"
+    assert experiment.command_line() == told

@@ -152,6 +152,18 @@ def saved(path, images, labels) -> str:
     return str(path)
 
 
+def test_copies_within_a_class_count_once_and_grey_pictures_are_shown_in_colour(tmp_path, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (6, 10, 12, 1)).astype(np.uint8)
+    labels = np.arange(6) % 2
+    twice = saved(tmp_path / "twice.npz", np.concatenate([images, images[:2]]), np.concatenate([labels, labels[:2]]))
+    found = own.read(twice, channels=3).images
+    np.testing.assert_array_equal(found.images, images.repeat(3, 3))
+    assert found.labels.tolist() == labels.tolist() and found.ids.tolist() == list(range(6))
+    assert "2 of 8 images are there more than once and left out" in capsys.readouterr().err
+    other = saved(tmp_path / "other.npz", np.concatenate([images, images[:1]]), np.append(labels, 1))
+    assert len(own.read(other).images) == 7  # of two classes: which of both is right is not ours to say
+
+
 def test_test_images_are_of_the_same_size_and_classes_and_none_that_is_trained_on(tmp_path, capsys):
     images = np.random.default_rng(0).integers(0, 256, (8, 10, 12, 3)).astype(np.uint8)
     labels = np.arange(8) % 2

@@ -4,17 +4,21 @@ import dataclasses
 import hashlib
 import importlib
 import re
+import shutil
 
 import numpy as np
 import pytest
 
-from bibau_jax import checkpoint, experiment, own, records, train
+from bibau_jax import checkpoint, experiment, keys, own, records, train
 from bibau_jax.attacks import patch
+from bibau_jax.data import splits
+from bibau_jax.defenses import inversion
 from bibau_jax.errors import UserError
 from bibau_jax.importers import export, suspect, torch_file
+from bibau_jax.report import card
 from bibau_jax.report import own as report
 from bibau_jax.run import Run, load_model
-from bibau_jax.stages import purify, scan
+from bibau_jax.stages import purify, scan, verify
 from bibau_jax.workdir import read_config
 
 QUICK = {
@@ -188,6 +192,7 @@ def test_a_scale_that_images_cannot_tell_from_a_commoner_one_must_be_named():
         ({"model.normalisation": "zscore"}, 'model.normalisation "zscore" is unknown'),
         ({"verify.target_label": 10}, "target label 10 is outside"),
         ({"verify.trigger": "nowhere.npz"}, "holds no trigger"),
+        ({"verify.trigger": "{folder}/cut.npz"}, "cut.npz holds no trigger"),
         ({"export.format": "onnx"}, 'export.format "onnx" is unknown'),
         ({"verify.target_label": -1}, "which class does verify.trigger lead to"),
         ({"model.weights": "", "model.name": "auto"}, "which model\\? set --config.model.weights"),
@@ -200,9 +205,19 @@ def test_a_scale_that_images_cannot_tell_from_a_commoner_one_must_be_named():
         ({"data.held_out": 1.0}, "data.held_out must lie between 0 and 1"),
         ({"defense.max_loss": -1.0}, "max_loss must not be negative"),
         ({"stages": "scan,verify,bless"}, 'unknown stage "bless"'),
+        ({"reactivate.query.gradient": "foo"}, "reactivate.query.gradient must be one of"),
+        ({"reactivate.retuning.repeats": 0}, "reactivate.retuning.repeats must be positive, got 0"),
+        ({"reactivate.retuning.epochs": 0}, "reactivate.retuning.epochs must be positive, got 0"),
+        ({"reactivate.query.epsilon": -5.0}, "reactivate.query.epsilon must be positive, got -5.0"),
+        ({"scan.memory": 0.0}, "scan.memory must be positive"),
+        ({"model.heads": 4}, "model.heads is no setting of resnet18"),
+        ({"model.width": 16}, "model.width is told by the file of weights"),
+        ({"data.channels": 2}, "data.channels must be 3"),
     ],
 )
-def test_what_is_wrong_is_one_line_before_anything_is_written(changes, message, settings, tmp_path):
+def test_what_is_wrong_is_one_line_before_anything_is_written(changes, message, settings, stranger, tmp_path):
+    (tmp_path / "cut.npz").write_bytes((stranger / "trigger.npz").read_bytes()[:300])
+    changes = {name: value.format(folder=tmp_path) if isinstance(value, str) else value for name, value in changes.items()}
     with pytest.raises(UserError, match=message) as error:
         experiment.run(settings(changes), str(tmp_path / "run"))
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
@@ -334,12 +349,17 @@ def test_two_classes_cannot_be_compared_and_are_no_reason_to_stop(finished):
         ({"asr": 3.0, "r_asr": 5.0, "q_asr": 4.0}, [2], "The purified model is still suspicious"),
         ({"stand_in_asr": 30.0}, [], "What the scan found is still in the purified model"),
         ({"stand_in_asr": 3.0, "stand_in_r_asr": 4.0}, [], "What the scan found is gone from the purified model"),
+        ({"stand_in_asr": 3.0, "stand_in_r_asr": 4.0}, None, "Whether what the scan found is gone cannot be told"),
+        ({"came": 12.0, "stand_in_asr": 3.0, "stand_in_r_asr": 4.0}, [], "Whether what the scan found is gone cannot be told"),
     ],
 )
 def test_the_verdict_begins_with_how_it_ended(rates, flagged, words, finished):
     _, record = finished
     before, after = (record.metrics[name] for name in ("backdoored", "purified"))
-    again = after.extra["scan"] | {"flagged": flagged}
+    again = after.extra["scan"] | {"flagged": flagged or [], "undetermined": flagged is None}
+    rates = dict(rates)
+    came = before.extra | {"stand_in_asr": rates.pop("came", before.extra["stand_in_asr"])}
+    before = dataclasses.replace(before, extra=came)
     extra = {name: value for name, value in after.extra.items() if not name.endswith("asr")} | {"scan": again}
     asr = records.Rate(round(10 * rates["asr"]), 1000) if "asr" in rates else None
     after = dataclasses.replace(after, asr=asr, extra=extra | {name: rate for name, rate in rates.items() if name != "asr"})
@@ -363,6 +383,123 @@ def test_what_is_asked_for_later_is_done_without_another_run(finished, settings,
     experiment.run(settings({"stages": "import"}), str(tmp_path / "run"))  # the trigger became known
     with pytest.raises(UserError, match="verify.trigger"):
         experiment.run(marked, str(tmp_path / "run"))
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the finished run, to go on with otherwise."""
+    return shutil.copytree(finished[0], tmp_path / "run")
+
+
+def test_settings_that_a_result_was_made_with_stay(copied, settings):
+    with pytest.raises(UserError, match="reactivate.retuning.poisoned: 5 -> 60"):
+        experiment.run(settings({"reactivate.retuning.poisoned": 60}), str(copied))
+
+
+def test_another_trigger_is_measured_anew_and_so_is_a_model_that_was_purified_anew(copied, finished, settings, tmp_path):
+    mask = np.zeros((16, 16, 1), np.uint8)
+    mask[:2, :2] = 1
+    np.savez(tmp_path / "other.npz", mask=mask, pattern=40 * mask)
+    before, after = ({"verify.trigger": str(tmp_path / "other.npz")}, {})
+    wrong = experiment.run(settings(before | {"stages": "verify,report"}), str(copied))
+    assert wrong.metrics["backdoored"].asr.percent < 20
+    assert "It hardly works on the model as it came" in (copied / "report.html").read_text()
+    retuned = copied / "verify" / "real" / "bibau_u" / "retuned_0" / "model" / "manifest.json"
+    with_wrong = retuned.read_bytes()
+    for name in ("purify", "export"):
+        shutil.rmtree(copied / name)
+    given = settings(after | {"defense.epochs": 1, "stages": "purify,verify"})
+    record, (_, first) = experiment.run(given, str(copied)), finished
+    assert record.metrics["backdoored"].asr == first.metrics["backdoored"].asr
+    digests = {each.metrics["purified"].extra["model_sha256"] for each in (wrong, record)}
+    assert len(digests) == 2 and retuned.read_bytes() != with_wrong
+    stood = "verify/stand_in/bibau_u/retuned_0/model/manifest.json"
+    assert (copied / stood).read_bytes() != (finished[0] / stood).read_bytes()
+
+
+def test_other_images_under_the_same_name_are_refused(settings, stranger, tmp_path):
+    path, given = tmp_path / "clean.npz", {"data.folder": str(tmp_path / "clean.npz"), "stages": "import"}
+    with np.load(stranger / "clean.npz") as held:
+        arrays = dict(held)
+    np.savez(path, **arrays)
+    experiment.run(settings(given), str(tmp_path / "run"))
+    experiment.run(settings(given), str(tmp_path / "run"))
+    np.savez(path, **{name: array[:-20] for name, array in arrays.items()})
+    with pytest.raises(UserError, match="are not those that .*run began with"):
+        experiment.run(settings(given), str(tmp_path / "run"))
+
+
+def test_a_limit_that_nothing_kept_is_said(settings, tmp_path, capsys):
+    given = {"defense.name": "clp", "defense.clp.u": 0.1, "defense.max_loss": 2.0, "stages": "purify,export"}
+    experiment.run(settings(given), str(tmp_path / "run"))
+    assert "The limit on the loss of clean accuracy was passed, and nothing within it was made" in capsys.readouterr().err
+    card = (tmp_path / "run" / "export" / "suspect_purified.safetensors.md").read_text()
+    assert "- By: CLP of bibau_jax" in card and "Nothing was measured" in card and "The purified model was not measured" in card
+
+
+def test_nothing_foreign_is_taken_for_the_runs_own(copied, finished, settings, tmp_path):
+    place = tmp_path / "deploy.safetensors"
+    given = settings({"export.path": str(place), "stages": "export"})
+    place.write_text("somebody else's")
+    with pytest.raises(UserError, match="deploy.safetensors exists already; nothing is overwritten"):
+        experiment.run(given, str(copied))
+    shutil.copy(finished[0] / "export" / "suspect_purified.safetensors", place)
+    card = tmp_path / "deploy.safetensors.md"
+    card.write_text("my own notes")
+    with pytest.raises(UserError, match="deploy.safetensors.md exists already"):
+        experiment.run(given, str(copied))
+    assert card.read_text() == "my own notes"
+    card.unlink()
+    for _ in range(2):  # its own card is written again
+        experiment.run(given, str(copied))
+        assert "Purified" in card.read_text() or "BI-BAU" in card.read_text()
+
+
+@pytest.mark.parametrize("file", ["scan/triggers.npz", "verify/stand_in/trigger.npz"])
+def test_damaged_arrays_of_a_run_are_told_in_one_line(file, copied, settings):
+    path = copied / file
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(UserError, match=f"{path.name} cannot be read .*: delete it and run its stage again"):
+        experiment.run(settings({"stages": "report"}), str(copied))
+
+
+def test_a_stand_in_that_only_the_scan_found_is_called_a_weak_test(copied, finished, monkeypatch):
+    run, (_, record) = Run(read_config(copied), copied), finished
+    found = scan.read(copied / "scan" / "triggers.npz")
+    (copied / "verify" / "stand_in" / "trigger.npz").unlink()
+    none = found.triggers._replace(sizes=np.full(1, np.inf))
+    monkeypatch.setattr(scan, "searched", lambda *given, **options: none)
+    arrays = verify.stand_in(run, found, {})
+    assert arrays["from_scan"] and np.array_equal(arrays["mask"], found.triggers.masks[0])
+    before = record.metrics["backdoored"]
+    assert "once it is fine-tuned" in report.stood_in(record) and "weak" not in report.stood_in(record)
+    before = dataclasses.replace(before, extra=before.extra | {"stand_in_from_scan": True})
+    assert "that is a weak test" in report.stood_in(dataclasses.replace(record, metrics={"backdoored": before}))
+
+
+def test_names_of_classes_are_nobodys_markup(finished):
+    _, record = finished
+    before = record.metrics["backdoored"]
+    names = ["<script>alert(1)</script>|x", *before.extra["class_names"][1:]]
+    before = dataclasses.replace(before, extra=before.extra | {"class_names": names})
+    told = dataclasses.replace(record, metrics={"backdoored": before})
+    assert "<script>" not in report.table_html(told) and "&lt;script&gt;" in report.table_html(told)
+    table = [line for line in card.markdown(told, "x.pth", "0").splitlines() if line.startswith("| The model as it came")]
+    assert "<script>" not in table[0] and "&lt;/script&gt;\\|x" in table[0]
+
+
+def test_a_scan_in_groups_finds_what_one_of_all_classes_does(backdoored):
+    search = {"epochs": 2, "batch_size": 50, "enough": 0.9, "patience": 2, "stop_after": 5, "learning_rate": 0.1, "padding": 1}
+    given = (backdoored.classifier, backdoored.variables, backdoored.clean)
+    each = scan.activations(*given[:2]) * 50 / 2**30
+    found = scan.searched(keys.root(0), *given, images=100, memory=1.5 * each, classes=(3, 0), **search)
+    chosen = splits.some_of(backdoored.clean, 100)
+    alone, _ = inversion.invert(keys.root(0), *given[:2], chosen, classes=(3,), **search)
+    assert found.masks.shape[0] == 2 and np.array_equal(found.masks[0], alone.masks[0])
+    assert not np.array_equal(found.masks[1], found.masks[0])
+    both = scan.searched(keys.root(0), *given, images=100, memory=2.5 * each, classes=(3, 0), **search)
+    together, _ = inversion.invert(keys.root(0), *given[:2], chosen, classes=(3, 0), **search)
+    assert np.array_equal(both.masks, together.masks)
 
 
 def test_a_network_that_was_part_of_something_larger_is_found_and_given_back_as_it_was(backdoored, stranger, tmp_path):

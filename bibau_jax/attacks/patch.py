@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from bibau_jax import npz
 from bibau_jax.attacks.protocol import Attack, aim_at, check_pixels, dirty_label, in_blocks
 from bibau_jax.errors import UserError
 
@@ -32,7 +33,7 @@ def read(path) -> tuple[np.ndarray, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: np.asarray(file[name]) for name in ("mask", "pattern")}
-    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError) as error:
+    except (*npz.DAMAGES, TypeError, AttributeError) as error:
         reason = getattr(error, "strerror", None) or "an .npz file with arrays named mask and pattern is needed"
         raise UserError(f"{path} holds no trigger: {reason}") from None
     for name, most in (("mask", 1), ("pattern", 255)):

@@ -1,14 +1,12 @@
 """Clean labelled images of the user's own: a folder with one subfolder a class, or an .npz file."""
 
-import zipfile
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from bibau_jax import parallel, progress
+from bibau_jax import npz, parallel, progress
 from bibau_jax.data import ImageSet, folder
 from bibau_jax.errors import UserError, shown
 
@@ -24,29 +22,48 @@ class Own(NamedTuple):
     class_names: tuple[str, ...]
 
 
-def read(path: str, *, image_size: int | None = None) -> Own:
+def read(path: str, *, image_size: int | None = None, channels: int | None = None) -> Own:
     """The images in a folder or an .npz file, ids in the order in which they lie there.
 
     Folder: one subfolder a class, with pictures at any depth. Where a file `classes.txt` lies in it, its lines are the names
     of classes 0, 1, ..., and some may have no images. Otherwise subfolders named 0..K-1 are those classes, and other names
     count in alphabetical order, as in PyTorch. Pictures are RGB unless all are grey. .npz: `images` uint8 [N, H, W, C] with
     C 1 or 3, `labels` whole numbers [N] from 0 on. image_size: side in pixels that all images are squashed to; None keeps
-    their common size. UserError where anything is missing, damaged or ambiguous.
+    their common size. channels: 3 makes grey pictures RGB; None keeps what they are. An image that is there more than once
+    in a class counts once, which is said. UserError where anything is missing, damaged or ambiguous.
     """
     place = Path(path).expanduser()
     if image_size is not None and image_size < 1:
         raise UserError(f"image_size must be at least 1: {image_size}")
     if not place.exists():
         raise UserError(f"{path} does not exist")
-    return _from_folder(place, image_size) if place.is_dir() else _from_file(place, image_size)
+    if channels not in (None, 3):
+        raise UserError(f"data.channels must be 3, to show grey pictures in colour, or left open: {channels}")
+    found = _from_folder(place, image_size) if place.is_dir() else _from_file(place, image_size)
+    if channels and found.images.images.shape[3] != channels:
+        images = found.images
+        found = found._replace(images=ImageSet(np.repeat(images.images, channels, 3), images.labels, images.ids))
+    return _each_once(path, found)
 
 
-def read_test(path: str, mine: Own, *, image_size: int | None = None) -> ImageSet:
+def _each_once(path: str, found: Own) -> Own:
+    """Without copies within a class: one could be trained on and the other held out."""
+    images, first = found.images, {}
+    for place, image in enumerate(images.images):
+        first.setdefault((images.labels[place], image.tobytes()), place)
+    if len(first) == len(images):
+        return found
+    many = f"{len(images) - len(first):,} of {len(images):,} images are"
+    progress.say(f"data: {path}: {many} there more than once and left out", show=parallel.is_lead())
+    return found._replace(images=images.take(sorted(first.values())))
+
+
+def read_test(path: str, mine: Own, *, image_size: int | None = None, channels: int | None = None) -> ImageSet:
     """The images to measure models on, read as `mine` was; those that are among `mine` are left out, which is said.
 
     UserError where they are of another size or other classes, or all are among `mine`. One of both may number its classes.
     """
-    test = read(path, image_size=image_size)
+    test = read(path, image_size=image_size, channels=channels)
     if test.images.images.shape[1:] != mine.images.images.shape[1:]:
         sizes = " and ".join("x".join(map(str, own.images.images.shape[1:])) for own in (test, mine))
         raise UserError(f"{path}: its images and the clean ones differ in size ({sizes}); see --config.data.image_size")
@@ -165,6 +182,6 @@ def _arrays(path: Path) -> tuple[np.ndarray, np.ndarray]:
             return stored["images"], stored["labels"]
     except UserError:
         raise
-    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+    except npz.DAMAGES as error:
         told = "" if "pickle" in str(error) else f": {' '.join(str(error).split())}"  # NumPy's advice then is a dangerous one
         raise UserError(f"{path} is no folder and cannot be read as .npz{told}") from error

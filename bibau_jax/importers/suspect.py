@@ -24,6 +24,7 @@ NORMALISATIONS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)),
     "cifar10_narrow": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.201)),  # the mean of the images' own deviations
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": ((0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)),
     "gtsrb": ((0.3403, 0.3121, 0.3214), (0.2724, 0.2608, 0.2669)),
     "tiny_imagenet": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
 }
@@ -64,6 +65,7 @@ def bring(
     normalisation: str = "auto",
     mean=(),
     std=(),
+    heads: int | None = None,
     dtype: Any = jnp.float32,
 ) -> Suspect:
     """The model in a file of weights, for images like these.
@@ -74,6 +76,7 @@ def bring(
       name: a network of `models.names()`, or "" to tell it by keys and shapes. file: one's own network, see `own_file`.
       normalisation: one of NORMALISATIONS, "given" for `mean` and `std`, or "auto": the one, those of NAMED_ONLY aside, under
         which the images' cross-entropy is lowest.
+      heads: of attention, which no file tells; None for one for every 64 of the width.
 
     UserError in one line for a file that cannot be read, a network that does not fit it, another number of classes, classes
     without images, and weights that classify these images hardly better than guessing.
@@ -87,7 +90,7 @@ def bring(
         return network.build(image_shape=shape, mean=scaling[0], std=scaling[1], dtype=dtype)
 
     def fit(arrays) -> tuple[_Network, Classifier, rules.Imported]:
-        network = _network(arrays, name, file, classes)
+        network = _network(arrays, name, file, classes, heads)
         first = build(network, next(iter(candidates.values())))
         like = jax.eval_shape(first.init, jax.random.key(0))
         try:
@@ -148,13 +151,14 @@ class _Network(NamedTuple):
     told: str
 
 
-def _network(arrays: dict[str, Any], name: str, file: str, num_classes: int) -> _Network:
+def _network(arrays: dict[str, Any], name: str, file: str, num_classes: int, heads: int | None) -> _Network:
     """What the weights are those of: one's own network, the one that is named, or the one that its keys tell."""
     if file:
         own = own_file.load(file)
         return _Network(partial(own.build, num_classes=num_classes), own.table, Path(file).name)
     found = architectures.by_name(name, arrays) if name else architectures.guess(arrays)
-    given = partial(architectures.classifier, found, num_classes=found.options["num_classes"])
+    options = {"heads": heads} if heads else {}
+    given = partial(architectures.classifier, found, num_classes=found.options["num_classes"], **options)
     return _Network(given, found.table, found.name)
 
 

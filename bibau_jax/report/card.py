@@ -1,6 +1,24 @@
 """The model card beside purified weights: what was done, with which figures, and how to load them."""
 
+from html import escape
+from pathlib import Path
+
 from bibau_jax.report import own, words
+
+
+def is_of(path: Path, file: str, sha256: str) -> bool:
+    """Whether a card that was written for just this file lies at `path`, or nothing; anybody else's text is none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return text.startswith(f"# {file}\n") and _is_file(sha256) in text
+
+
+def _is_file(sha256: str) -> str:
+    return f"- This file: SHA-256 `{sha256}`"
 
 
 def markdown(record, file: str, sha256: str) -> str:
@@ -14,15 +32,16 @@ def markdown(record, file: str, sha256: str) -> str:
         "\n".join(
             [
                 f"- From: `{told.get('file', '').rsplit('/', 1)[-1]}`, SHA-256 `{told.get('sha256', '')}`",
-                f"- By: {words.defense(after.defense) if after else words.NOTHING} of bibau_jax {record.versions['bibau_jax']}",
-                f"- This file: SHA-256 `{sha256}`, the same names, layouts and types as the one it came from{_under(told)}",
+                f"- By: {words.defense(record.config['defense']['name'])} of bibau_jax {record.versions['bibau_jax']}",
+                f"{_is_file(sha256)}, the same names, layouts and types as the one it came from{_under(told)}",
                 f"- Network: {told.get('network')}; pixels scaled as {told.get('normalisation')}: "
                 f"(x / 255 - {_numbers(told.get('mean', []))}) / {_numbers(told.get('std', []))}",
                 f"- Command: `{record.command}`",
             ]
         ),
         "## Figures",
-        _table(made) if made else "Not measured.",
+        _table(made),
+        *([] if after else ["The purified model was not measured: the stage verify does that."]),
         "## What is not known",
         "\n".join(f"- {line}" for line in own.unknown(record)),
         "## To load it in PyTorch",
@@ -40,9 +59,16 @@ def _numbers(values) -> str:
     return "(" + ", ".join(f"{value:g}" for value in values) + ")"
 
 
+def _safe(cell) -> str:
+    """A cell's text, in which names of classes are nobody's markup."""
+    return escape(str(cell), quote=False).replace("|", "\\|")
+
+
 def _table(made) -> str:
+    if not made:
+        return "Nothing was measured."
     heads = ["Model", *(cell.heading for cell in made[0][1])]
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *([name, *map(str, cells)] for name, cells in made)]
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *([name, *map(_safe, cells)] for name, cells in made)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

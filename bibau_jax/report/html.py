@@ -10,9 +10,7 @@ import sys
 from html import escape
 from pathlib import Path
 
-import numpy as np
-
-from bibau_jax import records
+from bibau_jax import npz, records
 from bibau_jax.errors import UserError, say
 from bibau_jax.report import figures, gone, own, progress, series, strip, words
 
@@ -42,21 +40,11 @@ def write(workdir) -> Path:
     log = workdir / "metrics.jsonl"
     lines = list(records.read_lines(log)) if log.exists() else []
     path, unfinished = workdir / "report.html", workdir / "report.html.part"
-    arrays = {name: read_arrays(workdir / f"{name}.npz") for name in SHOWN_ARRAYS}
+    files = {name: workdir / f"{name}.npz" for name in SHOWN_ARRAYS}
+    arrays = {name: npz.left(path) for name, path in files.items() if path.exists()}
     unfinished.write_text(page(record, lines, arrays), encoding="utf-8")
     os.replace(unfinished, path)  # a reader never meets half a page
     return path
-
-
-def read_arrays(path: Path) -> dict:
-    """The arrays of a file, empty without it; raises UserError where it cannot be read."""
-    if not path.exists():
-        return {}
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
-    except (OSError, ValueError, EOFError, KeyError) as error:
-        raise UserError(f"{path} cannot be read ({error}): delete it and run its stage again") from error
 
 
 def page(record, lines=(), arrays=None) -> str:
@@ -92,9 +80,11 @@ def _own(record, arrays: dict) -> tuple[str, tuple[str, ...]]:
     drawn = "".join(_framed(table, name) for name, table in tables.items() if table)
     text = (
         "For every class, the smallest patch that the scan could find to turn other images into it: the patch on grey, and "
-        "laid over an image. A class that a much smaller patch reaches than the others is suspicious. What stands in for the "
-        "trigger in the tests above is the smallest patch that works on the model as it came and once it is fine-tuned."
+        "laid over an image. A class that a much smaller patch reaches than the others is suspicious. The shares are of "
+        "the images that the patches were sought on."
     )
+    if tables[stood]:
+        text += f" What stands in for the trigger in the tests above is {own.stood_in(record)}."
     return title, (
         head,
         _section("numbers", "Before and after", _wide(own.table_html(record), "numbers", "Models")),

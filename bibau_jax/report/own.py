@@ -51,6 +51,8 @@ def verdict(record) -> str:
             what = "The trigger that stands in for the attacker’s" if found["flagged"] else "The likeliest trigger"
             again = _called_back(after, "stand_in_")
             said.append(f"{what} worked on {rates[0]} of other images; in the purified model it works on {rates[1]}{again}.")
+            if found["flagged"] and before.extra["stand_in_asr"] < WORKS:
+                said.append("It hardly works on the model as it came, so it cannot show that anything is gone.")
         if after.asr is not None and before.asr is not None:
             rates = [words.percent(m.asr.percent) for m in (before, after)]
             said.append(f"The given trigger worked on {rates[0]} and works on {rates[1]}{_called_back(after)}.")
@@ -67,10 +69,11 @@ def verdict(record) -> str:
 def _outcome(before, after) -> list[str]:
     """Whether what was in the model is gone, as far as was tried: one sentence, or none where nothing was found in it."""
     flagged = [bool(m.extra.get("scan", {}).get("flagged")) for m in (before, after)]
+    came, left = (m.extra.get("stand_in_asr") for m in (before, after))
     if before.asr is not None and after.asr is not None and before.asr.percent >= WORKS:
         what, begin, now = "The backdoor", "", after.asr.percent
-    elif flagged[0] and words.is_number(after.extra.get("stand_in_asr")):
-        what, begin, now = "What the scan found", "stand_in_", after.extra["stand_in_asr"]
+    elif flagged[0] and words.is_number(came) and words.is_number(left):
+        what, begin, now = "What the scan found", "stand_in_", left
     else:
         return []
     rates = [after.extra.get(f"{begin}{name}") for name in ("r_asr", "q_asr")]
@@ -81,6 +84,8 @@ def _outcome(before, after) -> list[str]:
         return [f"{what} is hidden and not gone, for it can be called back: do not deploy the purified model."]
     if flagged[1]:
         return ["The purified model is still suspicious: do not deploy it before a scan with another seed finds nothing."]
+    if begin and (came < WORKS or after.extra.get("scan", {}).get("undetermined")):
+        return ["Whether what the scan found is gone cannot be told: do not deploy the purified model on this evidence alone."]
     return [f"{what} is gone from the purified model, as far as was tried."] if back is not None else []
 
 
@@ -120,8 +125,8 @@ def _of_scan(record, found: dict) -> str:
     others = [class_name(record, other) for other in found["flagged"] if other != label]
     more = f" Also flagged: {', '.join(others)}." if others else ""
     return (
-        f"The model as it came is suspicious: a patch of about {size} pixels turns {reached} of other images into class "
-        f"{class_name(record, label)} (anomaly index {index}).{more}"
+        f"The model as it came is suspicious: a patch of about {size} pixels turns {reached} of the images that it was sought "
+        f"on into class {class_name(record, label)} (anomaly index {index}).{more}"
     )
 
 
@@ -153,7 +158,7 @@ def reliability() -> str:
 
 def _chosen_by(record) -> str:
     after = words.purified(record)
-    guarded = after is not None and after.extra.get("guard") and not record.config["data"]["test"]
+    guarded = after is not None and "epoch" in after.extra.get("guard", "") and not record.config["data"]["test"]
     return " (but the epoch that is given back was chosen by them)" if guarded else ""
 
 
@@ -228,6 +233,14 @@ def _rate(measured, begin: str, name: str) -> str:
     return words.percent(measured.extra.get(begin + name))
 
 
+def stood_in(record) -> str:
+    """Which trigger stood in for the real one, as the end of a sentence."""
+    before = words.backdoored(record)
+    if before is not None and before.extra.get("stand_in_from_scan"):
+        return "the scan’s own, for none was found that still works once the model is fine-tuned, and that is a weak test"
+    return "the smallest that works on the model as it came and once it is fine-tuned"
+
+
 def unknown(record) -> list[str]:
     """What the run does not tell, for a reader who would deploy the model."""
     told = [
@@ -237,8 +250,8 @@ def unknown(record) -> list[str]:
     ]
     if not record.config["verify"]["trigger"]:
         told.append(
-            "Nobody gave the real trigger. An inverted one stands in for it, the smallest that still works once the model is "
-            "fine-tuned; it may yet be another shortcut of the network, and easier to unlearn than the real one."
+            f"Nobody gave the real trigger. An inverted one stands in for it, {stood_in(record)}; it may yet be another "
+            "shortcut of the network, and easier to unlearn than the real one."
         )
     after = words.purified(record)
     rates = [after.extra.get(begin + name) for begin in TRIGGERS for name in ("r_asr", "q_asr")] if after is not None else []
@@ -292,8 +305,8 @@ def table_html(record) -> str:
         cells = ""
         for place in order:
             cell = made[place][1][line]
-            value = f"<b>{cell.value}</b>" if place == main else cell.value
-            cells += f"<td>{value}{f'<br><small>{cell.interval}</small>' if cell.interval else ''}</td>"
+            value = f"<b>{escape(cell.value)}</b>" if place == main else escape(cell.value)
+            cells += f"<td>{value}{f'<br><small>{escape(cell.interval)}</small>' if cell.interval else ''}</td>"
         body.append(f'<tr><th scope="row">{escape(first.heading)}</th>{cells}</tr>')
     return f'<thead><tr><th scope="col"></th>{heads}</tr></thead><tbody>{"".join(body)}</tbody>'
 

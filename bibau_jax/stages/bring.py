@@ -15,5 +15,10 @@ def run(this: Run, command: str) -> None:
         before = load_model(this, "implant")[2]["told"]
         if before["sha256"] != suspect.told["sha256"]:
             raise UserError(f"{suspect.told['file']} is not the file that {this.folder} began with; choose another --workdir")
+        if before.get("images_sha256", suspect.told["images_sha256"]) != suspect.told["images_sha256"]:
+            raise UserError(
+                f"the clean images or those of data.test are not those that {this.folder} began with, so some that it "
+                "trained on could be measured on; choose another --workdir"
+            )
         return
     finish(this, "implant", {"variables": suspect.variables}, [], spent, command, told=suspect.told)

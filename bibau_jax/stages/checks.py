@@ -1,6 +1,7 @@
 """The checks of `reactivate`: what each attacker holds, and what is measured of one model."""
 
 import dataclasses
+import hashlib
 import shutil
 from functools import cached_property
 
@@ -37,6 +38,11 @@ class Scene:
         """The test images with and without the trigger, each of which may be perturbed."""
         return {"triggered": self.triggered, "clean": self.test.images}
 
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the test images under the trigger, and what it is to lead them to."""
+        return hashlib.sha256(self.triggered.tobytes() + self.aims.tobytes() + self.test.labels.tobytes()).hexdigest()
+
     @property
     def counted(self) -> dict[str, int]:
         """How many triggered test images a rate of success is over, as the record tells it."""
@@ -71,6 +77,17 @@ def staged(this: Run, attack: Attack, test: ImageSet, stages: dict[str, str], **
     models = {row: variables for row, (variables, _, _) in loaded.items()}
     digests = {row: info["sha256"] for row, (_, _, info) in loaded.items()}
     return Scene(this, attack, test, attack.stamp(test.images, test.ids), attack.aim(test.labels), models, digests, **where)
+
+
+def only_of(scene: Scene, row: str) -> None:
+    """Drops what was left of attacks on another model of this row, or with another trigger: nothing goes on from there."""
+    place = scene.this.folder / scene.room / row
+    mark, digest = place / "made_of", f"{scene.digests.get(row, '')} {scene.digest}"
+    if parallel.is_lead() and not (mark.exists() and mark.read_text() == digest):
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        records.write_text(mark, digest)
+    parallel.wait("only of this model")
 
 
 def _success(scene: Scene, variables, images: np.ndarray) -> float:

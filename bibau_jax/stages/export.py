@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from bibau_jax import parallel, progress, records
+from bibau_jax import checkpoint, parallel, progress, records
 from bibau_jax.errors import UserError
 from bibau_jax.importers import export, rules, torch_file
 from bibau_jax.metrics import cost
@@ -32,28 +32,38 @@ def _card(path: Path) -> Path:
 
 def check(this: Run) -> None:
     """Raises `UserError` where weights or card would go over the file that they came from, or over anybody else's."""
-    path = target(this)
-    if not (this.folder / "purify" / this.config["defense"]["name"] / "model").exists():  # else it may be this run's own
-        _refuse(this, path)
+    path, made = target(this), (this.folder / "purify" / this.config["defense"]["name"] / "model").exists()
+    _refuse(this, path, _named(this) if made else {})
 
 
-def _refuse(this: Run, path: Path) -> None:
-    for place in (path, _card(path)):
-        export.refuse(place, Path(this.config["model"]["weights"]).expanduser())
+def _refuse(this: Run, path: Path, named: dict) -> None:
+    """What is there already may be this run's own: weights that hold just these arrays, and the card of that file."""
+    source = Path(this.config["model"]["weights"]).expanduser()
+    own = _holds(path, named)
+    if not own:
+        export.refuse(path, source)
+    if not (own and card.is_of(_card(path), path.name, torch_file.sha256(path))):
+        export.refuse(_card(path), source)
+
+
+def _named(this: Run) -> dict:
+    """The main defence's weights under the names of the file that they came from."""
+    variables, suspect = load_model(this, f"purify/{this.config['defense']['name']}")[0], this.suspect
+    arrays = rules.to_arrays(variables, suspect.arrays, suspect.places)
+    return {suspect.told["prefix"] + name: array for name, array in arrays.items()}
 
 
 def run(this: Run, command: str) -> None:
     """Writes the main defence's model and its card; a file that is there and holds it is left as it is."""
     row, path = this.config["defense"]["name"], target(this)
-    variables, _, info = load_model(this, f"purify/{row}")
+    info = checkpoint.info(this.model_folder(f"purify/{row}"))
     with cost.measure() as spent:
-        suspect = this.suspect
-        arrays = rules.to_arrays(variables, suspect.arrays, suspect.places)
-        named = {suspect.told["prefix"] + name: array for name, array in arrays.items()}
-        metadata = {"purified_by": row, "model_sha256": info["sha256"], "source_sha256": suspect.told["sha256"]}
-        if parallel.is_lead() and not _holds(path, named):
-            _refuse(this, path)
-            export.write(path, named, source=suspect.told["file"], metadata=metadata)
+        named, told = _named(this), this.suspect.told
+        metadata = {"purified_by": row, "model_sha256": info["sha256"], "source_sha256": told["sha256"]}
+        if parallel.is_lead():
+            _refuse(this, path, named)
+            if not path.exists():
+                export.write(path, named, source=told["file"], metadata=metadata)
     update(this, command, stages={"export": records.StageCost(**dataclasses.asdict(spent))})
     if parallel.is_lead():
         record = records.read(this.folder / "record.json")
@@ -63,9 +73,12 @@ def run(this: Run, command: str) -> None:
 
 def _holds(path: Path, arrays: dict) -> bool:
     """Whether the file is there and holds just these arrays; one that is damaged or another's does not."""
-    if not path.exists():
+    if not arrays or not path.exists():
         return False
-    there = torch_file.read(path)
+    try:
+        there = torch_file.read(path)
+    except UserError:
+        return False
     held = {there.prefix + name: array for name, array in there.arrays.items()}
     return held.keys() == arrays.keys() and all(
         held[name].dtype == array.dtype and held[name].tobytes() == array.tobytes() for name, array in arrays.items()

@@ -30,7 +30,8 @@ def run(this: Run, command: str) -> None:
         for name, arrays in (("samples", purified.samples), ("evidence", purified.evidence)):
             if arrays is not None:
                 write_arrays(this.folder / stage / f"{name}.npz", arrays)
-        finish(this, stage, {"variables": purified.variables}, purified.history, spent, command, told=_told(purified, guard))
+        told = _told(this, purified, guard)
+        finish(this, stage, {"variables": purified.variables}, purified.history, spent, command, told=told)
 
 
 def _guard(this: Run, stage: str, variables) -> limits.Guard:
@@ -44,10 +45,14 @@ def _guard(this: Run, stage: str, variables) -> limits.Guard:
     return limits.Guard(limit, before, checkpoint.Keeper(this.folder / stage / "best", every_steps=1, keep=1))
 
 
-def _told(purified: defenses.Purified, guard: limits.Guard) -> dict:
-    """What the defence and the guard say of the model."""
+def _told(this: Run, purified: defenses.Purified, guard: limits.Guard) -> dict:
+    """What the defence and the guard say of the model; the guard also of a defence that has no epochs to choose from."""
     if guard.keeper is not None:
         guard.keeper.clear()
+        held_out = this.splits.validation
+        guard.judge(train.accuracy(this.classifier, purified.variables, held_out.images, held_out.labels))
+    if guard.told:
+        progress.say(f"purify: {guard.told}", show=parallel.is_lead())
     return purified.told | ({"guard": guard.told} if guard.told else {})
 
 

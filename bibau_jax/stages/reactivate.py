@@ -4,8 +4,7 @@ Every model that `evaluate` measured is attacked; the numbers join its row in th
 """
 
 import dataclasses
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +44,7 @@ def run(this: Run, command: str) -> None:
         return
     scene = checks.scene_of(this, {row: one.stage for row, one in models.items()})
     for row, check in missing:
-        _only_of(scene, row)
+        checks.only_of(scene, row)
         with cost.measure() as spent:
             found = CHECKS[check].measure(scene, row)
         _note(this, command, models[row].name, f"reactivate/{row}", found, spent)
@@ -85,17 +84,6 @@ def _note(this: Run, command: str, name: str, stage: str, found: dict, spent) ->
     update(this, command, metrics=metrics, stages={stage: records.StageCost(**costs)})
 
 
-def _only_of(scene: checks.Scene, row: str) -> None:
-    """Drops what was left of attacks on another model of this row: one purified anew never goes on from there."""
-    place = scene.this.folder / "reactivate" / row
-    mark = place / "model_sha256"
-    if parallel.is_lead() and not (mark.exists() and mark.read_text() == scene.digests[row]):
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
-        records.write_text(mark, scene.digests[row])
-    parallel.wait("only of this model")
-
-
 class Check(NamedTuple):
     """One check: what measures it, the number that shows that it was done, and the rows that it is for.
 
@@ -121,9 +109,12 @@ CHECKS = {
 }
 
 
-def check(this: Run) -> None:
-    """Raises `UserError` on the first setting of the checks that is asked for and cannot be used."""
-    section, asked = this.config["reactivate"], chosen(this.config)
+def check(this: Run, attack: str, asked: Sequence[str] = ()) -> None:
+    """Raises `UserError` on the first setting of the checks that cannot be used: of those `asked` for, and of the config's.
+
+    `attack` is the one whose poisoned images are counted in a retuning.
+    """
+    section, asked = this.config["reactivate"], [*asked, *chosen(this.config)]
     if "query" in asked and section["query"]["gradient"] == "white_box":
         asked = [*asked, "retuning"]  # which makes its teacher
     if section["test_size"] < 0:
@@ -136,7 +127,7 @@ def check(this: Run) -> None:
         if name in asked and section[name][option] > most:
             raise UserError(f"reactivate.{name}.{option} must be at most {most}, got {section[name][option]}")
     if "retuning" in asked:
-        checks.retuning_sizes(this, this.config["attack"]["name"])
+        checks.retuning_sizes(this, attack)
     if "query" in asked and section["query"]["gradient"] not in query.GRADIENTS:
         raise UserError(f"reactivate.query.gradient must be one of {', '.join(query.GRADIENTS)}")
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from bibau_jax import keys, parallel, progress, records
+from bibau_jax import keys, npz, parallel, progress, records, train
 from bibau_jax.data import ImageSet, splits
 from bibau_jax.defenses import inversion
 from bibau_jax.errors import UserError
@@ -81,11 +81,55 @@ def scan(
 
 
 def searched(
-    key: jax.Array, classifier: Classifier, variables, clean: ImageSet, *, images: int = 500, **search
+    key: jax.Array,
+    classifier: Classifier,
+    variables,
+    clean: ImageSet,
+    *,
+    images: int = 500,
+    memory: float = 4.0,
+    classes: tuple[int, ...] = (),
+    also: tuple[dict, ...] = (),
+    batch_size: int = 256,
+    journal: train.Journal = train.Journal(),
+    **search,
 ) -> inversion.Triggers:
-    """Triggers inverted on `images` of the clean ones, at least one of each class; `search`: see `inversion.invert`."""
+    """Triggers inverted on `images` of the clean ones, at least one of each class; the rest: see `inversion.invert`.
+
+    Every class takes a batch through the network, so all are searched at once only where that takes about `memory` GiB at most.
+    """
     chosen = splits.some_of(clean, max(images, classifier.num_classes))
-    return inversion.invert(key, classifier, variables, chosen, **search)[0]
+    classes = classes or tuple(range(classifier.num_classes))
+    each = min(batch_size, len(chosen)) * (1 + len(also)) * activations(classifier, variables)
+    count = min(len(classes), max(1, int(memory * 2**30 / each)))
+    found, parts = [], []
+    for first in range(0, len(classes), count):
+        given = (keys.stream(key, "group", first) if first else key, classifier, variables, chosen)
+        part = journal.part(f"from_{first}") if first else journal
+        options = {"classes": classes[first : first + count], "also": also, "batch_size": batch_size, "journal": part}
+        found.append(inversion.invert(*given, **options, **search)[0])
+        parts.append(part)
+    for part in parts[1:]:
+        if part.keeper is not None:
+            part.keeper.clear()
+    return inversion.Triggers(*map(np.concatenate, zip(*found, strict=True)))
+
+
+def activations(classifier: Classifier, variables) -> int:
+    """Bytes that a gradient keeps of one image: three times what convolutions and matrix products give, so rather too many."""
+
+    def given(jaxpr) -> int:
+        total = 0
+        for line in jaxpr.eqns:
+            if line.primitive.name in ("conv_general_dilated", "dot_general"):
+                total += sum(out.aval.size * out.aval.dtype.itemsize for out in line.outvars)
+            inner = [getattr(value, "jaxpr", value) for value in line.params.values()]
+            total += sum(given(one) for one in inner if hasattr(one, "eqns"))
+        return total
+
+    image = jax.ShapeDtypeStruct((1, *classifier.image_shape), np.float32)
+    traced = jax.make_jaxpr(lambda variables, image: classifier.apply(variables, image).logits)(variables, image)
+    return 3 * given(traced.jaxpr)
 
 
 def search_of(this: Run) -> dict[str, Any]:
@@ -114,8 +158,8 @@ def check(section: dict) -> None:
     inversion.check_search(**{name: section[name] for name in ("epochs", "enough", "patience", "stop_after")})
     if min(section["images"], section["batch_size"]) < 1 or section["learning_rate"] <= 0:
         raise UserError("scan.images and scan.batch_size must be at least 1, scan.learning_rate must be positive")
-    if section["limit"] < 0 or section["share"] < 0:
-        raise UserError("scan.limit and scan.share must not be negative")
+    if section["limit"] < 0 or section["share"] < 0 or section["memory"] <= 0:
+        raise UserError("scan.limit and scan.share must not be negative, scan.memory must be positive")
 
 
 def run(this: Run, command: str) -> None:
@@ -146,9 +190,9 @@ def of_model(this: Run, command: str, one: evaluate.Measured, room: str) -> Scan
 
 def read(path) -> Scan:
     """A scan from its arrays on disk."""
-    with np.load(path) as arrays:
-        triggers = inversion.Triggers(*(arrays[name] for name in inversion.Triggers._fields))
-        return Scan(triggers, arrays["index"], tuple(arrays["flagged"].tolist()))
+    arrays = npz.left(path, *inversion.Triggers._fields, "index", "flagged")
+    triggers = inversion.Triggers(*(arrays[name] for name in inversion.Triggers._fields))
+    return Scan(triggers, arrays["index"], tuple(arrays["flagged"].tolist()))
 
 
 def say(this: Run, found: Scan) -> None:

@@ -9,16 +9,18 @@ from collections.abc import Callable
 
 import numpy as np
 
-from bibau_jax import attacks, checkpoint, keys, records, train
+from bibau_jax import attacks, checkpoint, keys, npz, records, train
 from bibau_jax.attacks import patch
 from bibau_jax.data import ImageSet
 from bibau_jax.defenses import Purified, ibu
 from bibau_jax.errors import UserError
 from bibau_jax.metrics import cost, rates
 from bibau_jax.run import Run, load_model, update, write_arrays
-from bibau_jax.stages import checks, evaluate, purify, scan
+from bibau_jax.stages import checks, evaluate, purify, reactivate, scan
 
 REAL, STAND_IN = "real", "stand_in"  # triggers, and the folders of what was tried with them
+DRAWN = f"verify/{STAND_IN}/trigger.npz"
+BEGIN = {REAL: "", STAND_IN: "stand_in_"}  # what the names of their rates begin with
 
 
 def run(this: Run, command: str) -> None:
@@ -37,32 +39,35 @@ def triggers(this: Run, found: scan.Scan, models: dict[str, evaluate.Measured]) 
     section, label, made = this.config["verify"], found.suspected, {}
     options = {"num_classes": this.classifier.num_classes}
     if label >= 0:
-        made[STAND_IN] = patch.of_arrays(this.key, *stand_in(this, found, models), target_label=label, **options)
+        inverted = stand_in(this, found, models)
+        made[STAND_IN] = patch.of_arrays(this.key, inverted["mask"], inverted["pattern"], target_label=label, **options)
     if section["trigger"]:
         given = patch.read(section["trigger"])
         made[REAL] = patch.of_arrays(this.key, *given, target_label=section["target_label"], **options)
     return made
 
 
-def stand_in(this: Run, found: scan.Scan, models: dict[str, evaluate.Measured]) -> tuple[np.ndarray, np.ndarray]:
-    """(mask [H, W, 1] in 0..1, pattern [H, W, C] in 0..255) of the smallest trigger that works before and after fine-tuning.
+def stand_in(this: Run, found: scan.Scan, models: dict[str, evaluate.Measured]) -> dict[str, np.ndarray]:
+    """mask [H, W, 1] in 0..1 and pattern [H, W, C] in 0..255 of the smallest trigger that works before and after fine-tuning.
 
     What the scan inverts is in part a quirk of the weights as they are, which any further training takes away: tried with it, a
     backdoor looks gone that is not. Fine-tuning takes the quirk and leaves the backdoor, so what works on the suspicious model
-    and on a fine-tuned copy of it is nearer to the trigger (ours). The scan's own where the search finds none.
+    and on a fine-tuned copy of it is nearer to the trigger (ours). The scan's own where the search finds none, and then
+    `from_scan` says so.
     """
-    path, label = this.folder / "verify" / STAND_IN / "trigger.npz", found.suspected
+    path, label = this.folder / DRAWN, found.suspected
     if not path.exists():
         variables, journal = load_model(this, evaluate.BEFORE.stage)[0], this.journal(f"verify/{STAND_IN}/inverted")
         tuned = load_model(this, models["ft"].stage)[0] if "ft" in models else _fine_tuned(this, variables)
         given = (keys.stream(this.key, "stand_in"), this.classifier, variables, this.splits.clean)
         triggers = scan.searched(*given, classes=(label,), also=(tuned,), journal=journal, **scan.search_of(this))
-        kept, place = (triggers, 0) if np.isfinite(triggers.sizes[0]) else (found.triggers, label)
+        from_scan = not np.isfinite(triggers.sizes[0])
+        kept, place = (found.triggers, label) if from_scan else (triggers, 0)
         arrays = {"mask": kept.masks[place], "pattern": kept.patterns[place], "reached": kept.reached[place]}
-        write_arrays(path, arrays | {"label": np.array(label), "example": this.measured.images[0]})
+        arrays |= {"label": np.array(label), "example": this.measured.images[0], "from_scan": np.array(from_scan)}
+        write_arrays(path, arrays)
         journal.keeper.clear()
-    with np.load(path) as arrays:
-        return arrays["mask"], arrays["pattern"]
+    return npz.left(path, "mask", "pattern")
 
 
 def check(this: Run) -> None:
@@ -75,13 +80,14 @@ def check(this: Run) -> None:
         options = {"num_classes": this.classifier.num_classes, "target_label": section["target_label"]}
         first = this.measured.take(slice(8))
         patch.of_arrays(this.key, *given, **options).stamp(first.images, first.ids)
-    checks.retuning_sizes(this, "patch")
+    reactivate.check(this, "patch", ("retuning", "query"))
 
 
 def _scene(this: Run, kind: str, attack: attacks.Attack, found: dict) -> checks.Scene:
     """One trigger on the images that are measured, with a model that unlearned it knowing it: a clean one for comparison."""
     stages = {row: one.stage for row, one in found.items()}
     scene = checks.staged(this, attack, this.measured, stages, room=f"verify/{kind}")
+    checks.only_of(scene, "ibu")
     return dataclasses.replace(scene, models=scene.models | {"clean": _ideal(this, kind, attack, scene.models["none"])})
 
 
@@ -116,9 +122,9 @@ def _measure(this: Run, command: str, row: str, one: evaluate.Measured, scenes: 
     """Adds to a model's row what is not measured of it yet, trigger by trigger."""
     told = evaluate.begun(this, one)
     for kind, scene in scenes.items():
-        name = f"{STAND_IN}_asr" if kind == STAND_IN else "asr"
-        if (told.asr if kind == REAL else told.extra.get(name)) is not None:
+        if told.extra.get(f"{BEGIN[kind]}triggered_sha256") == scene.digest:
             continue
+        checks.only_of(scene, row)
         with cost.measure() as spent:
             told = _tried(scene, row, kind, told)
         update(
@@ -136,8 +142,10 @@ def _tried(scene: checks.Scene, row: str, kind: str, told: records.Measurement) 
     found = {}
     if row != "none":
         found = checks.retuning_attack(scene, row) | checks.query_attack(scene, row)
+    found |= {"triggered_sha256": scene.digest}
     if kind == STAND_IN:
-        found = {f"{STAND_IN}_{name}": value for name, value in ({"asr": hit.percent} | found).items()}
+        found |= {"asr": hit.percent, "from_scan": bool(npz.left(scene.this.folder / DRAWN).get("from_scan", False))}
+        found = {f"{BEGIN[kind]}{name}": value for name, value in found.items()}
         return dataclasses.replace(told, extra=told.extra | found)
     robust = records.Rate(*rates.robust_accuracy(predicted, scene.test.labels, scene.aims))
     return dataclasses.replace(told, asr=hit, robust_accuracy=robust, extra=told.extra | found)
