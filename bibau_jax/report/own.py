@@ -51,7 +51,9 @@ def verdict(record) -> str:
             what = "The trigger that stands in for the attacker’s" if found["flagged"] else "The likeliest trigger"
             again = _called_back(after, "stand_in_")
             said.append(f"{what} worked on {rates[0]} of other images; in the purified model it works on {rates[1]}{again}.")
-            if found["flagged"] and before.extra["stand_in_asr"] < WORKS:
+            if not found["flagged"]:
+                said.append("In a model without a backdoor that is an ordinary shortcut of the network.")
+            elif before.extra["stand_in_asr"] < WORKS:
                 said.append("It hardly works on the model as it came, so it cannot show that anything is gone.")
         if after.asr is not None and before.asr is not None:
             rates = [words.percent(m.asr.percent) for m in (before, after)]
