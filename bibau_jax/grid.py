@@ -9,6 +9,7 @@ when the same command is given again, and one that fails stops only those that n
 import argparse
 import contextlib
 import fcntl
+import json
 import os
 import queue
 import runpy
@@ -24,6 +25,7 @@ from typing import NamedTuple
 
 from bibau_jax import progress, records
 from bibau_jax.errors import NOT_APPLICABLE, UserError, say
+from bibau_jax.workdir import differences
 
 LOG = "grid.jsonl"  # one line a finished or failed run
 
@@ -80,6 +82,26 @@ def runs(
     return made
 
 
+def variants(jobs: list[Job], names: Iterable[str], changes: dict[str, dict], settings: dict | None = None) -> list[Job]:
+    """Those of the jobs that are named, just as they are listed, with what they need; after each its variants.
+
+    So runs of another grid are taken over and not made again. A variant has the settings of its job, then `settings`, then its
+    own `changes`, by suffix; it takes the job's backdoored model and clean twin.
+    """
+    listed, names = {job.name: job for job in jobs}, list(names)
+    if unknown := [name for name in names if name not in listed]:
+        raise UserError(f"there is no run {unknown[0]} to take variants of")
+    wanted = {need for name in names for need in (name, *listed[name].needs)}
+    made = []
+    for job in (listed[name] for name in listed if name in wanted):
+        made.append(job)
+        for suffix, changed in changes.items() if job.name in names else ():
+            given = job.settings | (settings or {}) | changed
+            twin = "" if given.get("implant.clean_twin") == "none" else job.twin or job.name
+            made.append(Job(f"{job.name}_{suffix}", job.config, given, reuse=job.name, twin=twin))
+    return made
+
+
 def alone(changes: dict[str, dict]) -> dict[str, dict]:
     """Variants, by suffix, that purify by the main defence alone, with these settings of it: {"kd0": {"lambda_kd": 0.0}}."""
     return {
@@ -131,6 +153,42 @@ def done(workdir: Path, jobs: list[Job], status: int = 0) -> set[str]:
         and told[job.name].get("command") == " ".join(job.command(str(workdir)))
         and (status or (workdir / job.name / "record.json").exists())
     }
+
+
+def otherwise(workdir: Path, jobs: list[Job]) -> dict[str, list[str]]:
+    """What was recorded with other settings than its config file now has, by name: the settings that differ, "old -> new"."""
+    found = {}
+    for job in jobs:
+        with contextlib.suppress(UserError):  # none, or a damaged one, which the run itself is told
+            recorded = records.read(workdir / job.name / "record.json").config
+            if changed := differences(recorded, _as_settled(_config(job), recorded)):
+                found[job.name] = changed
+    return found
+
+
+def _config(job: Job) -> dict:
+    """The config that the job's command gives, before the program settles what it leaves open."""
+    path, _, argument = job.config.partition(":")
+    try:
+        made = runpy.run_path(path)["get_config"]
+        config = made(argument) if argument else made()
+        config.update_from_flattened_dict(job.settings)
+    except Exception as error:  # anything can go wrong in a file of the user's; the run itself would end by it
+        raise UserError(f"{job.name}: {job.config} cannot be used as a config: {type(error).__name__}: {error}") from error
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def _as_settled(config: dict, recorded: dict) -> dict:
+    """The config with what it leaves open as it was recorded."""
+    made = {}
+    for name, value in config.items():
+        known = recorded.get(name)
+        if isinstance(value, dict):
+            made[name] = _as_settled(value, known if isinstance(known, dict) else {})
+        else:
+            is_open = value is None or (name == "poison_ratio" and not value)
+            made[name] = known if is_open and name in recorded else value
+    return made
 
 
 def one(command: list[str], folder: str, cores: tuple[int, ...] = ()) -> Outcome:
@@ -209,6 +267,9 @@ def run(jobs: list[Job], workdir: str, engine) -> list[Outcome]:
     """Runs what is not done yet, each after those whose models it takes; returns the outcomes of those that failed."""
     place, going, failed = Path(workdir), {}, []
     place.mkdir(parents=True, exist_ok=True)
+    if changed := otherwise(place, jobs):
+        name, told = next(iter(changed.items()))
+        raise UserError(f"{place / name} was recorded with other settings ({'; '.join(told)}); choose another --workdir")
     finished = done(place, jobs)
     unfit = done(place, jobs, NOT_APPLICABLE)
     waiting = {job.name: job for job in jobs if job.name not in finished | unfit}
@@ -259,6 +320,7 @@ def main(arguments: list[str] | None = None) -> int:
         if given.list:
             ended = {name: "recorded" for name in done(Path(given.workdir), jobs)}
             ended |= {name: "not applicable" for name in done(Path(given.workdir), jobs, NOT_APPLICABLE)}
+            ended |= {name: "other settings" for name in otherwise(Path(given.workdir), jobs)}
             print("\n".join(f"{ended.get(job.name, 'to run'):14}  {job.name}" for job in jobs))
             return 0
         if given.jobs < 1 or given.jobs > (os.cpu_count() or 1):

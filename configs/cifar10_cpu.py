@@ -42,6 +42,7 @@ def get_config(attack: str = "badnets"):
     config.implant.epochs = 15
     config.implant.schedule = "one_cycle"
     config.reactivate.test_size = 2000
+    config.reactivate.bec.layers = 4  # the deeper half, as the paper's 10 of 20: in shallow ones noise decides
     config.reactivate.query.epochs = 20  # with the paper's 50 the checks take longer than the purification
     config.defense.epochs = 8
     config.defense.batch_size = 64

@@ -177,7 +177,7 @@ def test_a_check_that_is_added_later_only_adds(attacked, tiny_config, tmp_path):
     before = snapshot(tmp_path / "run")
     more = experiment.run(few | {"reactivate": few["reactivate"] | {"checks": "retuning,bec"}}, str(tmp_path / "run"))
     after = snapshot(tmp_path / "run")
-    assert {path.name for path in after if after[path] != before.get(path)} <= {"record.json", "config.json", "model_sha256"}
+    assert {path.name for path in after if after[path] != before.get(path)} <= {"record.json", "config.json", "made_of"}
     for name in ("purified", "clean", "ibu"):
         assert more.metrics[name].extra["r_asr_each"] == first.metrics[name].extra["r_asr_each"]
         assert more.metrics[name].extra["bec"] == pytest.approx(record.metrics[name].extra["bec"], abs=1e-6)

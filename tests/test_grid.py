@@ -1,5 +1,6 @@
 """The grid: order, sharing, what is done again, and what becomes of runs that fail or are killed."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from bibau_jax import grid, records
+from bibau_jax import experiment, grid, records
 from bibau_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +57,31 @@ def test_runs_share_the_twin_of_a_seed_and_variants_the_backdoored_model():
         "--config.implant.reuse=runs/x/sig_1",
         "--config.implant.clean_twin=runs/x/badnets_1",
     ]
+
+
+def test_variants_take_over_the_runs_of_another_grid_as_they_are():
+    theirs = grid.runs("c.py", {"badnets": (0, 1), "sig": (0,)}, {"checks": "all"})
+    made = grid.variants(theirs, ["sig_0"], {"a": {"ablation": "+A"}}, {"checks": "few"})
+    assert made[:2] == [theirs[0], theirs[2]]  # badnets_0 has the twin
+    assert made[2] == grid.Job("sig_0_a", "c.py:sig", {"checks": "few", "seed": 0, "ablation": "+A"}, "sig_0", "badnets_0")
+    alone = grid.runs("c.py", {"badnets": (0,)}, {"implant.clean_twin": "none"})
+    assert grid.variants(alone, ["badnets_0"], {"a": {}})[1].needs == {"badnets_0"}
+    with pytest.raises(UserError, match="there is no run wanet_0 to take variants of"):
+        grid.variants(theirs, ["wanet_0"], {})
+
+
+def test_what_was_recorded_with_other_settings_is_refused_before_anything_runs(tmp_path):
+    (job,) = grid.runs(str(ROOT / "configs" / "digits.py"), {"badnets": (0,)})
+    config = experiment.settled(grid._config(job) | {"stages": "implant"})
+    (tmp_path / "badnets_0").mkdir()
+    made = records.Record(json.loads(json.dumps(config)), 0, "", records.versions(), records.device(), {}, {})
+    records.write(tmp_path / "badnets_0" / "record.json", made)
+    assert grid.otherwise(tmp_path, [job]) == {}
+    other = job._replace(settings=job.settings | {"reactivate.query.epochs": 3})
+    changed = f"reactivate.query.epochs: {config['reactivate']['query']['epochs']} -> 3"
+    assert grid.otherwise(tmp_path, [other]) == {"badnets_0": [changed]}
+    with pytest.raises(UserError, match="badnets_0 was recorded with other settings .*choose another --workdir"):
+        grid.run([other], str(tmp_path), grid._Local(1))
 
 
 def test_runs_without_a_twin_wait_for_no_other_attack():

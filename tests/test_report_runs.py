@@ -4,11 +4,13 @@ import csv
 import json
 import statistics
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
+from bibau_jax import records
 from bibau_jax.report import __main__ as command
-from bibau_jax.report import html, pictures, shapes, tables
+from bibau_jax.report import html, pictures, series, shapes, tables
 
 HITS = {"none": (950, 890), "clean": (960, 10), "ft": (940, 800), "bibau_u": (900, 20), "ibu": (930, 5)}
 LAYERS = {"layer1_0/conv1": 0.5, "layer1_0/conv2": 0.25}
@@ -81,6 +83,76 @@ def test_cells_are_means_over_seeds_and_averages_over_attacks(runs, tmp_path):
     assert float(average["mean"]) == pytest.approx((statistics.mean(values) + 100 * 800 / 900) / 2, rel=1e-5)
     assert {line["defense"] for line in lines_of(tmp_path / "out") if line["table"] == "6"} == {"none", "bibau_u", "bibau_u:+A"}
     assert not [line for line in lines_of(tmp_path / "out") if line["table"] in "12" and ":" in line["defense"]]
+
+
+def changed(record, **settings):
+    """The record with other settings, "section__name"."""
+    for name, value in settings.items():
+        section, option = name.split("__")
+        record["config"].setdefault(section, {})[option] = value
+    return record
+
+
+def test_means_over_attacks_are_of_runs_with_the_same_settings(runs, tmp_path):
+    for name in ("badnets_0", "badnets_1", "refool_0"):
+        path = runs / name / "record.json"
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps(changed(record, reactivate__epochs=50 if name == "refool_0" else 20)))
+    rows = series.rows(command.collect(runs)[0])
+    told = {row["record"]: (row["variant"], row["settings"]) for row in rows if row["defense"] == "ft"}
+    assert told["badnets_0"] == told["badnets_1"] == (1, "")
+    assert told["refool_0"] == (2, "reactivate.epochs 50 instead of 20")
+    lines = series.summary([row for row in rows if row["defense"] == "ft"])
+    assert set(shapes.cells(lines, "2", "cifar10")["ft"]) == {"badnets"}
+
+
+def test_an_attacks_own_settings_set_its_runs_apart_and_no_other_attacks():
+    made = {"a": entry(), "b": entry(seed=1), "c": changed(entry(seed=2), attack__poison_ratio=0.2), "d": entry("refool")}
+    found = {name: records._record(json.loads(json.dumps(record))) for name, record in made.items()}
+    told = {row["record"]: (row["variant"], row["settings"]) for row in series.rows(found) if row["defense"] == "ft"}
+    assert told["a"] == told["b"] == told["d"] == (1, "")
+    assert told["c"] == (2, "attack.poison_ratio 0.2 instead of none")
+
+
+def test_the_ablation_is_of_the_same_models_in_every_row(runs, tmp_path):
+    command.main([str(runs), "--out", str(tmp_path / "out")])
+    told = {(line["defense"], line["attack"]): line["n"] for line in lines_of(tmp_path / "out") if line["table"] == "6"}
+    assert told["bibau_u", "badnets"] == told["bibau_u:+A", "badnets"] == "1"  # seed 1 has no +A
+
+
+def test_pictures_show_the_runs_that_tables_show_and_each_model_once(runs, monkeypatch, tmp_path):
+    for number, eta in enumerate((0.0, 1.0)):
+        made = changed(entry(eta=eta), defense__beside="")
+        (runs / f"eta{number}").mkdir()
+        (runs / f"eta{number}" / "record.json").write_text(json.dumps(made))
+    found = command.collect(runs)[0]
+    rows = series.rows(found)
+    alike, by_eta = series.shown(found, rows), series.shown(found, rows, changed="defense.eta")
+    mine = [name for name, record in alike.items() for m in record.metrics.values() if m.defense == "bibau_u"]
+    assert sorted(mine) == ["badnets_0", "badnets_1", "refool_0"]
+    assert {name for name, record in by_eta.items() for m in record.metrics.values() if m.defense == "bibau_u"} >= {
+        "eta0",
+        "eta1",
+    }
+    drawn = []
+    monkeypatch.setattr(plt.Axes, "plot", lambda self, x, y, **how: drawn.append((list(x), list(map(float, y)))))
+    pictures.eta_sweep(by_eta, tmp_path / "eta.png")
+    assert drawn[0] == ([0.0, 0.5, 1.0], [90.0, 90.0, 90.0])  # seed 1, whose accuracy is higher, has one eta only
+
+
+def test_the_code_form_of_bec_is_scaled_over_all_records_of_a_backdoored_model():
+    first, second = entry(), entry()
+    second["metrics"] = {name: second["metrics"][name] for name in ("backdoored", "ft")}
+    second["metrics"]["ft"]["defense"] = "nc"
+    for record in (first, second):
+        record["metrics"]["backdoored"]["model_sha256"] = "b"
+    similar = {"clean": 0.2, "ft": 0.8, "purified": 0.4, "ibu": 0.3}
+    for name, value in similar.items():
+        first["metrics"][name]["bec_similarity"] = {"one": value}
+    second["metrics"]["ft"]["bec_similarity"] = {"one": 1.0}
+    found = {name: records._record(json.loads(json.dumps(r))) for name, r in (("x", first), ("y", second))}
+    told = {row["defense"]: row.get("bec_code") for row in series.rows(found)}
+    assert told["nc"] == 1.0 and told["ft"] == pytest.approx(0.75) and told["bibau_u"] == pytest.approx(0.25)
 
 
 def test_the_papers_value_stands_beside_ours_where_it_has_one(runs, tmp_path):

@@ -16,10 +16,13 @@ from bibau_jax.report import pictures, series, shapes, tables, words
 
 NOTE = (
     "Mean ± sample standard deviation over seeds, in percent (BEC: 0 as the clean twin, 1 as the backdoored model). The "
-    "paper's value stands beside ours where it has one. IBU is no defence: it sees the trigger and shows how far one could get."
+    "paper's value stands beside ours where it has one; the constants of its sigmoid of BEC are lost, and ours are others. "
+    "What comes of re-activation is counted on fewer test images than CA and ASR where reactivate.test_size says so. IBU is no "
+    "defence: it sees the trigger and shows how far one could get."
 )
 CAPTIONS = {
-    "scatter": "Clean accuracy and what retuning brings back: small marks are attacks, large ones their mean.",
+    "scatter": "Clean accuracy and what retuning brings back: small marks are attacks, large ones the mean of those "
+    "that all have.",
     "bec_layers": "BEC by layer, mean over attacks.",
     "eta": "BI-BAU (U) by η.",
     "path": "ASR on the straight line from the purified to the backdoored weights, mean over attacks.",
@@ -58,7 +61,7 @@ def write(folder: Path, out: Path) -> tuple[list[Path], list[str]]:
     pages = [out / "tables.csv", out / "tables.md", out / "index.html"]
     records.write_text(pages[0], shapes.comma_separated(made))
     captions = {}
-    for name, caption, draw in _drawings(folder, out, found, lines):
+    for name, caption, draw in _drawings(folder, found, rows, lines):
         try:
             path = draw(out / f"{name}.png")
         except (KeyError, TypeError, ValueError, AttributeError, OSError, zipfile.BadZipFile) as error:
@@ -71,7 +74,7 @@ def write(folder: Path, out: Path) -> tuple[list[Path], list[str]]:
     return pages + [path for path, _ in captions.values()], broken
 
 
-def _drawings(folder: Path, out: Path, found: dict, lines):
+def _drawings(folder: Path, found: dict, rows, lines):
     """(file name, caption, what draws it) of every picture; of several data sets or networks each has its own."""
     groups: dict[tuple, dict] = {}
     for name, record in found.items():
@@ -80,9 +83,10 @@ def _drawings(folder: Path, out: Path, found: dict, lines):
         suffix, where = (f"_{number + 1}", f" {words.dataset(place[0])}, {place[1]}.") if len(groups) > 1 else ("", "")
         mine = [line for line in lines if (line["dataset"], line["model"]) == place]
         yield f"scatter{suffix}", CAPTIONS["scatter"] + where, partial(pictures.scatter, mine)
-        yield f"bec_layers{suffix}", CAPTIONS["bec_layers"] + where, partial(pictures.bec_layers, members)
-        yield f"eta{suffix}", CAPTIONS["eta"] + where, partial(pictures.eta_sweep, members)
-        yield f"path{suffix}", CAPTIONS["path"] + where, partial(pictures.weight_path, members)
+        alike, by_eta = series.shown(members, rows), series.shown(members, rows, changed="defense.eta")
+        yield f"bec_layers{suffix}", CAPTIONS["bec_layers"] + where, partial(pictures.bec_layers, alike)
+        yield f"eta{suffix}", CAPTIONS["eta"] + where, partial(pictures.eta_sweep, by_eta)
+        yield f"path{suffix}", CAPTIONS["path"] + where, partial(pictures.weight_path, alike)
     for name, record in found.items():
         yield f"features_{name.replace('/', '_')}", f"Features: {name}.", partial(pictures.embeddings, folder / name, record)
 

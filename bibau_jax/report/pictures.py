@@ -54,22 +54,24 @@ def save(figure, path: Path) -> Path:
 def scatter(lines, path: Path) -> Path | None:
     """Clean accuracy against R-ASR from lines of `series.summary`: small marks are attacks, large ones their mean.
 
-    None without R-ASR. Runs with other settings than most are left out, as in the tables.
+    The mean is over the attacks that all have. None without R-ASR. Runs with other settings than most are left out, as in the
+    tables.
     """
     told = [line for line in lines if line["variant"] == 1 and line.get("r_asr") and line["r_asr"]["n"] and line["ca"]["n"]]
     if not told:
         return None
     figure, axis = plotting().subplots(figsize=(7.2, 5))
     names = sorted({line["defense"] for line in told}, key=lambda name: words.order(words.DEFENSES, name))
+    common = set.intersection(*({line["attack"] for line in told if line["defense"] == name} for name in names))
     for name in names:
         mine, tone = [line for line in told if line["defense"] == name], colour(name, _unknown(names))
-        places = np.array([[line[key]["mean"] for key in ("ca", "r_asr")] for line in mine])
-        axis.scatter(places[:, 0], places[:, 1], s=16, color=tone, alpha=0.4, linewidths=0)
-        axis.scatter(
-            *places.mean(0), s=130, color=tone, edgecolors="white", linewidths=1.5, zorder=3, label=words.defense(name)
-        )
+        places = {line["attack"]: [line[key]["mean"] for key in ("ca", "r_asr")] for line in mine}
+        axis.scatter(*zip(*places.values(), strict=True), s=16, color=tone, alpha=0.4, linewidths=0)
+        means = np.mean([places[attack] for attack in sorted(common)], 0) if common else (np.nan, np.nan)
+        axis.scatter(*means, s=130, color=tone, edgecolors="white", linewidths=1.5, zorder=3, label=words.defense(name))
     axis.set(xlabel="Clean accuracy, %", ylabel="ASR after retuning (R-ASR), %", ylim=(-3, 103))
-    axis.set_title("Is it gone? Low is gone, right is useful", loc="left")
+    over = f" (large: mean of {len(common)} attacks)" if len(common) > 1 else ""
+    axis.set_title(f"Is it gone? Low is gone, right is useful{over}", loc="left", fontsize=10)
     axis.grid(alpha=0.25)
     axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
     return save(figure, path)
@@ -103,12 +105,13 @@ def bec_layers(found: dict, path: Path) -> Path | None:
     if not means or not layers:
         return None
     names = sorted(means, key=lambda name: words.order(words.DEFENSES, name))
+    low, high = (limit([limit(each) for each in means.values()]) for limit in (np.nanmin, np.nanmax))
     shape = {"figsize": (2.3 * len(names) + 1.2, 0.3 * len(layers) + 1.3), "sharex": True, "sharey": True, "squeeze": False}
     figure, axes = plotting().subplots(1, len(names), layout="constrained", **shape)
     for axis, name in zip(axes[0], names, strict=True):
         axis.barh(range(len(layers)), means[name], color=colour(name, _unknown(names)), height=0.65)
         axis.axvline(1, color="#1c1d1f", linewidth=0.8, linestyle=":")
-        axis.set(xlim=(-1, 1.1))  # adversarial training may go far below: unlike both ends
+        axis.set(xlim=(min(-0.2, 1.05 * low), max(1.1, 1.05 * high)))  # far below 0 is unlike both ends
         axis.set_title(words.defense(name), fontsize=10)
         axis.set_yticks(range(len(layers)), layers)
     axes[0][0].invert_yaxis()
@@ -117,28 +120,33 @@ def bec_layers(found: dict, path: Path) -> Path | None:
 
 
 def eta_sweep(found: dict, path: Path) -> Path | None:
-    """CA, ASR and R-ASR of BI-BAU (U) by eta (Fig. 7), mean over the attacks that every eta has. None unless there are two."""
-    points: dict[float, dict[str, list]] = {}
+    """CA, ASR, R-ASR and Q-ASR of BI-BAU (U) by eta (Fig. 7), mean over the attacks and seeds that every eta has.
+
+    None unless there are two etas.
+    """
+    points: dict[float, dict[tuple[str, int], tuple]] = {}
     for record in found.values():
         for measured in record.metrics.values():
             if measured.defense == "bibau_u" and words.is_number(record.config["defense"].get("eta")):
-                again = measured.extra.get("r_asr")
-                values = (measured.ca.percent, measured.asr.percent, again if words.is_number(again) else np.nan)
-                attacks = points.setdefault(record.config["defense"]["eta"], {})
-                attacks.setdefault(record.config["attack"]["name"], []).append(values)
+                again = [measured.extra.get(name) for name in words.REACTIVATION]
+                again = [value if words.is_number(value) else np.nan for value in again]
+                runs = points.setdefault(record.config["defense"]["eta"], {})
+                runs[record.config["attack"]["name"], record.seed] = (measured.ca.percent, measured.asr.percent, *again)
     common = set.intersection(*map(set, points.values())) if points else set()
     if len(points) < 2 or not common:
         return None
     figure, axis = plotting().subplots(figsize=(6, 4))
     etas = sorted(points)
-    means = np.array([np.mean([np.mean(points[eta][attack], 0) for attack in sorted(common)], 0) for eta in etas])
-    for place, (name, tone) in enumerate((("CA", "#00477a"), ("ASR", "#c24e00"), ("R-ASR", "#8a4b86"))):
+    means = np.array([np.mean([points[eta][run] for run in sorted(common)], 0) for eta in etas])
+    tones = {"CA": "#00477a", "ASR": "#c24e00", "R-ASR": "#8a4b86", "Q-ASR": "#5a7d2a"}
+    for place, (name, tone) in enumerate(tones.items()):
         if not np.isnan(means[:, place]).all():
             axis.plot(etas, means[:, place], marker="o", color=tone)
             at = (etas[-1], means[-1, place])
             axis.annotate(name, at, xytext=(6, 0), textcoords="offset points", color=tone, va="center")
     axis.set(xlabel="η: share of the clean feature that the prior takes off", ylabel="%", ylim=(-3, 103))
-    axis.set_title(f"BI-BAU (U), {', '.join(words.attack(attack) for attack in sorted(common))}", loc="left", fontsize=10)
+    attacks = dict.fromkeys(words.attack(attack) for attack, _ in sorted(common))
+    axis.set_title(f"BI-BAU (U), {', '.join(attacks)}", loc="left", fontsize=10)
     axis.grid(alpha=0.25)
     return save(figure, path)
 

@@ -1,5 +1,6 @@
 """What records hold as rows: one a measured model, mean and spread over seeds, runs of other settings set apart."""
 
+import dataclasses
 import statistics
 from pathlib import Path
 
@@ -85,19 +86,32 @@ def _images(record) -> dict:
     return {"train_size": None, "clean_size": told.get("clean")}
 
 
-def _code_form(record) -> dict[str, float]:
-    """BEC of the published code for the models of one record, from the similarities that it holds; {} without a twin."""
-    means = {
-        measured.defense: statistics.mean(measured.extra["bec_similarity"].values())
-        for measured in record.metrics.values()
-        if isinstance(measured.extra.get("bec_similarity"), dict) and measured.extra["bec_similarity"]
-    }
-    if "clean" not in means:
-        return {}
-    from bibau_jax.metrics import bec  # brings JAX with it, which most tables do not need
+def _add_code_form(made, named) -> None:
+    """BEC of the published code, which is scaled by the models that are compared: all of a backdoored model, in any record.
 
-    defended = {name: value for name, value in means.items() if name not in ("none", "clean")}
-    return bec.code_form(defended, means["clean"]) if defended else {}
+    Runs with other settings than most are left out of it, and so are backdoored models without a twin.
+    """
+    similar, groups = {}, {}
+    for name, record in named.items():
+        before = words.backdoored(record)
+        for measured in record.metrics.values():
+            layers = measured.extra.get("bec_similarity")
+            if before is not None and isinstance(layers, dict) and layers:
+                similar[name, measured.defense] = statistics.mean(layers.values())
+    for row in made:
+        before = words.backdoored(named[row["record"]])
+        if (row["record"], row["defense"]) in similar and row["variant"] == 1:
+            groups.setdefault(before.extra.get("model_sha256", row["record"]), []).append(row)
+    for rows_compared in groups.values():
+        values = {place: similar[row["record"], row["defense"]] for place, row in enumerate(rows_compared)}
+        twin = next((values[place] for place, row in enumerate(rows_compared) if row["defense"] == "clean"), None)
+        defended = {place: values[place] for place, row in enumerate(rows_compared) if row["defense"] not in ("none", "clean")}
+        if twin is None or not defended:
+            continue
+        from bibau_jax.metrics import bec  # brings JAX with it, which most tables do not need
+
+        for place, value in bec.code_form(defended, twin).items():
+            rows_compared[place]["bec_code"] = value
 
 
 def _sorting_key(row: dict) -> tuple:
@@ -129,25 +143,59 @@ def relevant(config: dict, defense: str, reactivated: bool = True) -> dict:
 def _set_apart(made, configs) -> None:
     """Numbers the variants of a row whose runs had other settings, and says in "settings" how each differs from the first.
 
-    The first is the one that most runs have, so that a single run with something changed never takes the place of a series.
+    The first is the one that most runs have, so that a single run with something changed never takes the place of a series. It
+    is the same one for all attacks, whose own settings aside, so that a mean over attacks is one of like runs.
     """
-    groups: dict[tuple, list[tuple[dict, list[dict]]]] = {}
-    for row in sorted(made, key=_sorting_key):
-        reactivated = any(name in row for name in words.MEASURES)
-        settings = relevant(configs[row["record"]], row["defense"], reactivated)
-        variants = groups.setdefault(tuple(row[key] for key in GROUP[:-1]), [])
-        same = (members for other, members in variants if not _unlike(settings, other))
-        if (members := next(same, None)) is None:
-            variants.append((settings, members := []))
+    settings = {
+        id(row): relevant(configs[row["record"]], row["defense"], any(n in row for n in words.MEASURES)) for row in made
+    }
+    rows = sorted(made, key=_sorting_key)
+    for _, members in _grouped(rows, lambda row: tuple(row[key] for key in GROUP[:-1] if key != "attack")):
+        common = _alike(
+            members, lambda row: {name: v for name, v in settings[id(row)].items() if not name.startswith("attack.")}
+        )
+        alike = []  # runs alike in everything: of each of those, the runs of one attack whose own settings were the same
+        for number, part in enumerate(common):
+            for _, rows_of_attack in _grouped(part, lambda row: row["attack"]):
+                own = _alike(rows_of_attack, lambda row: settings[id(row)])
+                alike += [(number, place, rows_alike) for place, rows_alike in enumerate(own)]
+        others = {}  # of an attack's own settings those that fewer runs have come after all that differ for every attack
+        for number, place, rows_alike in alike:
+            attack, first = rows_alike[0]["attack"], common[0][0]
+            told = [_difference(settings[id(rows_alike[0])], settings[id(first)], lambda name: not name.startswith("attack."))]
+            if place:
+                main = next(one for n, p, one in alike if (n, p) == (number, 0) and one[0]["attack"] == attack)
+                told.append(
+                    _difference(settings[id(rows_alike[0])], settings[id(main[0])], lambda name: name.startswith("attack."))
+                )
+                others[attack] = others.get(attack, 0) + 1
+            variant = len(common) + others[attack] if place else number + 1
+            for row in rows_alike:
+                row |= {"variant": variant, "settings": ", ".join(filter(None, told))}
+
+
+def _grouped(rows, key) -> list[tuple]:
+    """(key, rows) in the order in which keys first come."""
+    groups: dict = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return list(groups.items())
+
+
+def _alike(rows, settings) -> list[list[dict]]:
+    """The rows in parts with the same settings, the largest first."""
+    parts: list[tuple[dict, list[dict]]] = []
+    for row in rows:
+        mine = settings(row)
+        if (members := next((part for other, part in parts if not _unlike(mine, other)), None)) is None:
+            parts.append((mine, members := []))
         members.append(row)
-    for variants in groups.values():
-        variants.sort(key=lambda variant: -len(variant[1]))
-        for number, (settings, members) in enumerate(variants, 1):
-            names = _unlike(settings, variants[0][0])
-            first = variants[0][0]
-            told = ", ".join(f"{name} {_said(settings, name)} instead of {_said(first, name)}" for name in names)
-            for row in members:
-                row |= {"variant": number, "settings": told}
+    return sorted((part for _, part in parts), key=len, reverse=True)
+
+
+def _difference(settings: dict, first: dict, counts) -> str:
+    names = [name for name in _unlike(settings, first) if counts(name)]
+    return ", ".join(f"{name} {_said(settings, name)} instead of {_said(first, name)}" for name in names)
 
 
 def _unlike(one: dict, other: dict) -> list[str]:
@@ -172,15 +220,33 @@ def rows(found) -> list[dict]:
     named = dict(found if isinstance(found, dict) else ((f"{i:04d}", record) for i, record in enumerate(found)))
     made = []
     for name, record in named.items():
-        before, code_form = words.backdoored(record), _code_form(record)
+        before = words.backdoored(record)
         for measured in record.metrics.values():
             row = _row(record, measured, name)
-            row |= {"bec_code": code_form[measured.defense]} if measured.defense in code_form else {}
             if before is not None and row["ca"] is not None and words.rate(before.ca) is not None:
                 row["ca_loss"] = words.rate(before.ca) - row["ca"]
             made.append(row)
     _set_apart(made, {name: record.config for name, record in named.items()})
+    _add_code_form(made, named)
     return sorted(made, key=_sorting_key)
+
+
+def shown(found: dict, made, changed: str = "") -> dict:
+    """The records with those of their models that pictures show: of the variant that most runs have, and each of them once.
+
+    `changed` names a setting that may be another one all the same.
+    """
+    kept, seen = {}, set()
+    for row in made:
+        alone = row["settings"].startswith(f"{changed} ") and "," not in row["settings"]
+        model = (row["attack"], row["seed"], row["defense"], row.get("model_sha256", row["record"]))
+        if (row["variant"] == 1 or (changed and alone)) and model not in seen:
+            seen.add(model)
+            kept.setdefault(row["record"], set()).add(row["defense"])
+    parts = {
+        name: {key: m for key, m in found[name].metrics.items() if m.defense in kept[name]} for name in found if name in kept
+    }
+    return {name: dataclasses.replace(found[name], metrics=metrics) for name, metrics in parts.items()}
 
 
 def further_columns(made) -> list[str]:

@@ -13,6 +13,7 @@ from bibau_jax.report import series, words
 
 HEADINGS = {"ca": "CA", "asr": "ASR", "r_asr": "R-ASR", "q_asr": "Q-ASR"}
 HEADINGS |= {"bec": "BEC", "bec_squashed": "sigmoid", "bec_code": "code form"}
+HEADINGS |= {"r_ca": "CA after R", "q_clean": "Q, clean images", "q_twin": "Q, clean model", "q_twin_clean": "Q, both clean"}
 AVERAGE = "average"
 
 
@@ -33,6 +34,7 @@ SHAPES = {
         "Backdoor existence coefficient", ("bec", "bec_squashed", "bec_code"), tuple(name for name in TEN[:8] if name != "sig")
     ),
     "5": Shape("Enhanced adaptive attacks", ("ca", "asr", "r_asr", "q_asr"), ("enhanced_adap_blend", "enhanced_adap_patch")),
+    "controls": Shape("What the re-activation attacks do besides", ("r_ca", "q_clean", "q_twin", "q_twin_clean"), TEN),
     "6": Shape("Ablation", ("ca", "asr", "r_asr", "q_asr"), ("badnets", "refool", "iad", "issba"), ablation=True),
 }
 NO_DEFENCES = ("none", "clean", "ibu")
@@ -192,12 +194,21 @@ def every(rows) -> dict[tuple[str, str, str], dict]:
     for line in series.summary(rows):
         groups.setdefault((line["dataset"], line["model"]), []).append(line)
     made = {(*place, number): cells(lines, number, place[0]) for place, lines in groups.items() for number in SHAPES}
+    for place in groups:
+        alike = series.summary(_of_ablations([row for row in rows if (row["dataset"], row["model"]) == place]))
+        made[*place, "6"] = cells(alike, "6", place[0])
     return {key: shape for key, shape in made.items() if _is_worth_showing(key[2], shape)}
+
+
+def _of_ablations(rows) -> list[dict]:
+    """The rows of those attacks and seeds that the ablation was made on, so that its lines are of the same models."""
+    made = {(row["attack"], row["seed"]) for row in rows if ":" in row["defense"] and row["variant"] == 1}
+    return [row for row in rows if (row["attack"], row["seed"]) in made]
 
 
 def _is_worth_showing(number: str, made) -> bool:
     """Whether the shape has a number of its own kind: R-ASR for the second, say; the ablation needs one of its rows."""
-    own = {"2": "r_asr", "5": "asr", "6": "asr"}.get(number)
+    own = {"2": "r_asr", "5": "asr", "6": "asr", "controls": "r_ca"}.get(number)
     if number == "6" and not any(":" in defense for defense in made):
         return False
     return any(

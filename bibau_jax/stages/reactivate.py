@@ -47,6 +47,7 @@ def run(this: Run, command: str) -> None:
         checks.only_of(scene, row)
         with cost.measure() as spent:
             found = CHECKS[check].measure(scene, row)
+        found |= {f"{check}_seconds": spent.seconds}  # the stage's cost is that of all checks together
         _note(this, command, models[row].name, f"reactivate/{row}", found, spent)
 
 

@@ -1,15 +1,18 @@
-"""What eta does (Figure 7), at the size of two CPU cores, on the two attacks that settings may be chosen on.
+"""What eta does (Figure 7), at the size of two CPU cores, on two attacks that settings may be chosen on and two others.
 
 python -m bibau_jax.grid --grid=configs/grids/eta_cpu.py --workdir=runs/reactivation_cpu --jobs=2
 """
 
+from pathlib import Path
+
 from bibau_jax import grid
 
 ETAS = {"eta0": 0.0, "eta25": 0.25, "eta75": 0.75, "eta100": 1.0}  # 0.5 is the run itself
+ATTACKS = ("badnets", "blended", "narcissus", "adap_blend")
 
 
 def get_grid():
-    """BI-BAU (U) alone on the backdoored models of configs/grids/reactivation_cpu.py where these are there."""
-    variants = grid.alone({name: {"eta": eta} for name, eta in ETAS.items()})
-    checks = {"reactivate.checks": "retuning,query,bec,orthogonality,linearity,path,features"}
-    return grid.runs("configs/cifar10_cpu.py", {"badnets": (0,), "blended": (0,)}, checks, variants)
+    """BI-BAU (U) alone on the backdoored models of configs/grids/reactivation_cpu.py."""
+    theirs = grid.read(str(Path(__file__).with_name("reactivation_cpu.py")))
+    changes = grid.alone({name: {"eta": eta} for name, eta in ETAS.items()})
+    return grid.variants(theirs, [f"{attack}_0" for attack in ATTACKS], changes, {"reactivate.checks": "retuning,query,bec"})
