@@ -60,6 +60,9 @@ def check(run: Run, wanted: list[str]) -> None:
         raise UserError("measured_on=validation needs data.validation_size above 0")
     # From here on the data set is read, which is where the classes and the sizes are.
     classifier = run.classifier
+    missing = np.setdiff1d(np.arange(classifier.num_classes), run.splits.clean.labels)
+    if len(missing):
+        raise UserError(f"the defender's clean images have none of class {missing[0]}, which every defence would forget")
     for row in run.rows:
         module, options = defenses.get(row), run.options(row)
         if hasattr(module, "check"):

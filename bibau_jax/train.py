@@ -75,10 +75,33 @@ def learning_rate_schedule(name: str, peak: float, steps: int) -> optax.Schedule
     raise UserError(f'learning rate schedule "{name}" is unknown; choose one of {", ".join(SCHEDULES)}')
 
 
-def sgd(schedule, *, momentum: float, weight_decay: float, max_grad_norm: float = 0.0) -> optax.GradientTransformation:
+def sgd(
+    schedule, *, momentum: float, weight_decay: float, max_grad_norm: float = 0.0, nesterov: bool = False
+) -> optax.GradientTransformation:
     """SGD as PyTorch's: weight decay joins the gradient before momentum, on all parameters; `max_grad_norm` 0 clips nothing."""
     clip = [optax.clip_by_global_norm(max_grad_norm)] if max_grad_norm else []
-    return optax.chain(*clip, optax.add_decayed_weights(weight_decay), optax.sgd(schedule, momentum or None))
+    momentum_sgd = optax.sgd(schedule, momentum or None, nesterov=nesterov)
+    return optax.chain(*clip, optax.add_decayed_weights(weight_decay), momentum_sgd)
+
+
+def amsgrad(rate) -> optax.GradientTransformation:
+    """Adam with AMSGrad as PyTorch's: the largest second moment so far is taken before its bias is corrected, optax's after."""
+
+    def init(params):
+        first, second, most = (jax.tree.map(jnp.zeros_like, params) for _ in range(3))  # three: a state is donated
+        return jnp.zeros((), jnp.int32), first, second, most
+
+    def update(grads, state, params=None):
+        count, first, second, most = state
+        first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, first, grads)
+        second = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g**2, second, grads)
+        most = jax.tree.map(jnp.maximum, most, second)
+        count += 1
+        scale = [1 - decay ** count.astype(jnp.float32) for decay in (0.9, 0.999)]
+        steps = jax.tree.map(lambda m, v: (m / scale[0]) / (jnp.sqrt(v / scale[1]) + 1e-8), first, most)
+        return steps, (count, first, second, most)
+
+    return optax.chain(optax.GradientTransformation(init, update), optax.scale_by_learning_rate(rate))
 
 
 def augmented(extra, batch, key, *, padding: int, flip: bool):

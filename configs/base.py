@@ -190,7 +190,7 @@ def reactivate() -> ConfigDict:
 
 
 def defense() -> ConfigDict:
-    """Settings of the defences; each takes those that its `purify` names. Same data and budget for all."""
+    """Settings of the defences; each takes those that its `purify` names."""
     config = ConfigDict()
     config.name = "bibau_u"  # the main defence, a file in bibau_jax/defenses; its model is `purified` in the record
     config.beside = "ft,base_at,bibau_t,ibu"  # run beside it on the same model and data; ibu is the ideal, no defence
@@ -255,7 +255,7 @@ def defense() -> ConfigDict:
     config.anp.noise_steps = 1
     config.anp.alpha = 0.2  # share of the loss without noise
     config.anp.threshold = 0.0  # of the masks; 0 takes the largest that costs at most max_loss of held-out clean accuracy
-    config.anp.max_loss = 0.05
+    config.anp.max_loss = 0.02
     config.rnp = ConfigDict({"batch_size": 128, "momentum": 0.9, "weight_decay": 5e-4, "max_grad_norm": 20.0})
     config.rnp.unlearn_epochs = 20
     config.rnp.unlearn_rate = 0.01
@@ -264,7 +264,7 @@ def defense() -> ConfigDict:
     config.rnp.recover_rate = 0.2
     config.rnp.alpha = 0.2  # scale of the recovering loss
     config.rnp.threshold = 0.0  # as for anp
-    config.rnp.max_loss = 0.05
+    config.rnp.max_loss = 0.02
     config.clp = ConfigDict({"u": 3.0})  # standard deviations above a layer's mean
     config.ep = ConfigDict({"images": 500, "width": 0.01, "u": 3.0, "zero_bias": False})  # bins' width; prune biases too
     config.bnp = ConfigDict({"images": 500, "u": 3.0})

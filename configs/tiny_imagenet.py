@@ -15,6 +15,8 @@ def get_config(attack: str = "badnets"):
     config.data.flip = False  # BackdoorBench's
     config.model.mean = (0.4802, 0.4481, 0.3975)
     config.model.std = (0.2302, 0.2265, 0.2262)
+    config.defense.clp.u = 5.0  # the authors' for 200 classes
+    config.defense.sau.epochs = 20
     config.attack.name = attack
     config.attack.sig.class_share = 0.5  # of the 500 images of class 0, as on CIFAR-10
     return config

@@ -143,7 +143,7 @@ def test_the_weight_rises_while_triggers_reach_their_class_and_falls_while_they_
     weights = []
     for _ in range(4):
         state = state.replace(step=state.step + 3, hits=np.array([3.0, 0.0]), sizes=np.array([6.0, 6.0]))
-        state = inversion._end_of_epoch(state, per_epoch=3, enough=0.9, patience=2, stop_after=5)
+        state = inversion._end_of_epoch(state, per_epoch=3, enough=0.9, patience=2, stop_after=5, least=0.0)
         weights.append(np.asarray(state.weight).tolist())
     up, down = inversion.RAISE, inversion.LOWER
     first = inversion.FIRST_WEIGHT
@@ -153,6 +153,17 @@ def test_the_weight_rises_while_triggers_reach_their_class_and_falls_while_they_
         rtol=1e-6,
     )
     assert np.asarray(state.best_size).tolist() == [2.0, inversion.NEVER] and not np.asarray(state.hits).any()
+
+
+@pytest.mark.parametrize(("least", "then"), [(0.0, 2e-5), (1e-3, 1e-3)])
+def test_a_weight_that_was_lowered_is_doubled_from_where_it_is(least, then):
+    class Two:
+        num_classes, image_shape = 2, (2, 2, 1)
+
+    state = inversion.start(keys.root(0), Two, optax.sgd(0.1))
+    state = state.replace(step=state.step + 3, weight=np.full(2, 1e-5, np.float32), hits=np.array([3.0, 3.0]))
+    state = inversion._end_of_epoch(state, per_epoch=3, enough=0.9, patience=1, stop_after=5, least=least)
+    np.testing.assert_allclose(np.asarray(state.weight), then, rtol=1e-6)
 
 
 def test_the_anomaly_index_counts_scaled_deviations_below_the_median():

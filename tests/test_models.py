@@ -97,6 +97,21 @@ def test_every_convolution_has_its_norm_with_as_many_channels(network, variables
     assert all(convolutions[pair.conv] == scales[pair.norm] for pair in network.norms)
 
 
+@pytest.mark.parametrize(
+    ("name", "count", "channels"),
+    [("resnet18", 20, 4800), ("preact_resnet18", 16, 3392), ("vgg19_bn", 16, 5504), ("wide_resnet16", 13, 464)],
+)
+def test_every_norm_of_a_network_is_described(name, count, channels):
+    network = models.build(name, num_classes=10, image_shape=(32, 32, 3))
+    params = jax.eval_shape(network.init, jax.random.key(0))["params"]
+    scales = {
+        "/".join(key.key for key in path[:-1]): leaf.shape[0]
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if path[-1].key == "scale"
+    }
+    assert set(network.all_norms) == set(scales) and (len(scales), sum(scales.values())) == (count, channels)
+
+
 def test_bfloat16_is_close_to_float32_and_still_gives_float32(network, variables, pixels, outputs):
     narrow = dataclasses.replace(network, module=network.module.clone(dtype=jnp.bfloat16))
     found = narrow.apply(variables, pixels)

@@ -57,6 +57,33 @@ def test_sgd_is_pytorchs_weight_decay_before_momentum():
         np.testing.assert_allclose(params["w"], by_hand, rtol=1e-6)
 
 
+def test_nesterov_is_pytorchs():
+    optimizer = train.sgd(0.1, momentum=0.9, weight_decay=0.01, nesterov=True)
+    params = {"w": jnp.array([1.0, -2.0])}
+    state, theirs, buffer = optimizer.init(params), np.array([1.0, -2.0]), np.zeros(2)
+    for step in range(4):
+        gradient = np.array([0.3, step - 1.0])
+        updates, state = optimizer.update({"w": jnp.asarray(gradient, jnp.float32)}, state, params)
+        params = optax.apply_updates(params, updates)
+        decayed = gradient + 0.01 * theirs
+        buffer = 0.9 * buffer + decayed
+        theirs = theirs - 0.1 * (decayed + 0.9 * buffer)
+        np.testing.assert_allclose(params["w"], theirs, rtol=1e-5)
+
+
+def test_amsgrad_is_pytorchs_and_takes_the_largest_moment_before_it_is_corrected():
+    optimizer, params = train.amsgrad(0.1), {"w": jnp.array([1.0, -2.0])}
+    state, theirs = optimizer.init(params), np.array([1.0, -2.0])
+    m = v = most = np.zeros(2)
+    for step, gradient in enumerate(([1.0, 0.1], [0.01, 3.0], [0.01, 0.0], [-0.5, 0.2]), 1):
+        updates, state = optimizer.update({"w": jnp.array(gradient)}, state, params)
+        params = optax.apply_updates(params, updates)
+        m, v = 0.9 * m + 0.1 * np.array(gradient), 0.999 * v + 0.001 * np.array(gradient) ** 2
+        most = np.maximum(most, v)
+        theirs = theirs - 0.1 * (m / (1 - 0.9**step)) / (np.sqrt(most / (1 - 0.999**step)) + 1e-8)
+        np.testing.assert_allclose(params["w"], theirs, rtol=1e-5)
+
+
 def test_clipping_bounds_the_gradient_before_weight_decay_and_zero_means_never():
     gradient, params = {"w": jnp.array([30.0, 40.0])}, {"w": jnp.array([1.0, 1.0])}
     for limit, expected in ((5.0, [3.0, 4.0]), (0.0, [30.0, 40.0]), (500.0, [30.0, 40.0])):

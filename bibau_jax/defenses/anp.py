@@ -23,7 +23,7 @@ from bibau_jax.models.classifier import at
 
 def ones(classifier: Classifier, params) -> dict[str, jax.Array]:
     """A mask of 1 for every channel of every norm, {name: [C]}."""
-    return {"/".join(pair.norm): jnp.ones_like(at(params, pair.norm)["scale"]) for pair in classifier.norms}
+    return {name: jnp.ones_like(at(params, path)["scale"]) for name, path in classifier.all_norms.items()}
 
 
 def masked(classifier: Classifier, params, masks, noise=None) -> dict:
@@ -87,7 +87,7 @@ def check(
     epsilon: float = 0.4,
     alpha: float = 0.2,
     threshold: float = 0.0,
-    max_loss: float = 0.05,
+    max_loss: float = 0.02,
     **others,
 ) -> None:
     """Raises `UserError` on settings that `purify` cannot use."""
@@ -112,7 +112,7 @@ def purify(
     noise_steps: int = 1,
     alpha: float = 0.2,
     threshold: float = 0.0,
-    max_loss: float = 0.05,
+    max_loss: float = 0.02,
     padding: int = 4,
     flip: bool = True,
 ) -> Purified:
@@ -124,6 +124,7 @@ def purify(
         accuracy on `held_out` (on `clean` where there are none).
     """
     check_clean(classifier, clean)
+    classifier = classifier.in_float32()  # as its authors compute
     check_network(classifier)
     check(
         classifier.num_classes,

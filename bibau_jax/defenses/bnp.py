@@ -57,9 +57,9 @@ def purify(
     pixels = crop_and_flip(keys.stream(key, "augment"), clean.images[order], padding=padding, flip=flip)
     variables, pruned = jax.device_get(variables), {}
     found = given(classifier, variables, np.asarray(pixels), moments)
-    for pair in classifier.norms:
-        mean, square = np.asarray(found["/".join(pair.norm)], np.float64).mean(0)
-        running = at(variables["batch_stats"], pair.norm)
+    for name, path in classifier.all_norms.items():
+        mean, square = np.asarray(found[name], np.float64).mean(0)
+        running = at(variables["batch_stats"], path)
         apart = divergence(mean, square - mean**2, running["mean"], running["var"])
-        pruned["/".join(pair.norm)] = outliers(apart, u)
+        pruned[name] = outliers(apart, u)
     return Purified(prune(classifier, variables, pruned, bias=False), [], told=count(pruned))

@@ -157,6 +157,7 @@ def purify(
     learning rate and batches of 256.
     """
     check_clean(classifier, clean)
+    classifier = classifier.in_float32()  # as its authors compute
     check(
         classifier.num_classes,
         epochs=epochs,

@@ -49,7 +49,10 @@ class State:
 
 
 class Triggers(NamedTuple):
-    """One trigger a class: masks [K, H, W, 1] in 0..1, patterns [K, H, W, C] in 0..255, sizes (sums of masks) and rates [K]."""
+    """One trigger a class: masks [K, H, W, 1] in 0..1, patterns [K, H, W, C] in 0..255, sizes and rates [K].
+
+    A size is the sum of the mask, mean over the epoch that it was kept after.
+    """
 
     masks: np.ndarray
     patterns: np.ndarray
@@ -88,7 +91,7 @@ def objective(raw, weights, labels, images, models, *, classifier):
     return jnp.sum(loss + weights * sizes), (loss, sizes, hit)
 
 
-def step(state, frozen, batch, key, *, classifier, optimizer, per_epoch, enough, patience, stop_after, padding, flip):
+def step(state, frozen, batch, key, *, classifier, optimizer, per_epoch, enough, patience, stop_after, least, padding, flip):
     """One step for all classes on CE(f(x'), t) + weight |m|; the weights' schedule where an epoch ends."""
     images = crop_and_flip(keys.stream(key, "augment"), batch["images"], padding=padding, flip=flip).astype(jnp.float32)
     gradient = jax.grad(partial(objective, classifier=classifier), has_aux=True)
@@ -98,7 +101,8 @@ def step(state, frozen, batch, key, *, classifier, optimizer, per_epoch, enough,
     raw = jax.tree.map(lambda new, old: _where(going, new, old), optax.apply_updates(state.raw, updates), state.raw)
     state = state.replace(step=state.step + 1, raw=raw, opt_state=opt_state)
     state = state.replace(hits=state.hits + hit, sizes=state.sizes + size)
-    ended = _end_of_epoch(state, per_epoch=per_epoch, enough=enough, patience=patience, stop_after=stop_after)
+    options = {"enough": enough, "patience": patience, "stop_after": stop_after, "least": least}
+    ended = _end_of_epoch(state, per_epoch=per_epoch, **options)
     state = jax.lax.cond(state.step % per_epoch == 0, lambda: ended, lambda: state)
     metrics = {"loss": loss.mean(), "reached": hit.mean(), "size": size.mean(), "searching": going.mean()}
     return state, metrics
@@ -108,7 +112,7 @@ def _where(chosen, new, old):
     return jnp.where(chosen.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
 
-def _end_of_epoch(state: State, *, per_epoch, enough, patience, stop_after) -> State:
+def _end_of_epoch(state: State, *, per_epoch, enough, patience, stop_after, least) -> State:
     """The best masks, the weights and who has ended, after an epoch; what has ended stays as it is."""
     rate, size, going = state.hits / per_epoch, state.sizes / per_epoch, ~state.ended
     good = rate >= enough
@@ -120,7 +124,7 @@ def _end_of_epoch(state: State, *, per_epoch, enough, patience, stop_after) -> S
     waited = jnp.where(stalled, state.waited + 1, 0)
     up, down = jnp.where(good, state.up + 1, 0), jnp.where(good, 0, state.down + 1)
     raised, lowered = up >= patience, down >= patience
-    weight = jnp.where(raised, jnp.maximum(state.weight * RAISE, FIRST_WEIGHT), state.weight)
+    weight = jnp.where(raised, jnp.maximum(state.weight * RAISE, least), state.weight)
     weight = jnp.where(lowered, weight / LOWER, weight)
     moved = state.moved | jnp.stack([raised, lowered], 1)
     ended = state.ended | ((waited >= stop_after) & moved.all(1))
@@ -188,6 +192,7 @@ def invert(
     enough: float = 0.99,
     patience: int = 5,
     stop_after: int = 25,
+    least: float = 0.0,
     padding: int = 4,
     flip: bool = True,
     journal: train.Journal = train.Journal(),
@@ -198,6 +203,7 @@ def invert(
       classes: those to invert; () for all. also: variables of further models, all of which a trigger has to work on.
       enough: share of an epoch's images, 0..1, that a trigger must send to its class to count (the authors: 0.99).
       patience: epochs in a row of (in)sufficient success after which the mask's weight is doubled (divided by 2^1.5).
+      least: what the mask's weight is at least after it was raised; the authors double it from wherever it is.
       stop_after: epochs without a smaller mask after which a class ends, once its weight was raised and lowered.
 
     Where no mask ever counts, that of the first epoch is kept with an infinite size, and never flagged.
@@ -205,7 +211,8 @@ def invert(
     check_search(epochs, enough, patience, stop_after)
     classes, models = classes or tuple(range(classifier.num_classes)), (variables, *also)
     optimizer = optax.adam(learning_rate, b1=0.5, b2=0.9)
-    options = {"enough": enough, "patience": patience, "stop_after": stop_after, "padding": padding, "flip": flip}
+    options = {"enough": enough, "patience": patience, "stop_after": stop_after, "least": least}
+    options |= {"padding": padding, "flip": flip}
     per_epoch = max(1, len(clean) // min(batch_size, len(clean)))
     state, history = train.fit(
         partial(step, classifier=classifier, optimizer=optimizer, per_epoch=per_epoch, **options),

@@ -81,7 +81,7 @@ def purify(
     padding: int = 4,
     flip: bool = True,
 ) -> Purified:
-    """Distils `teacher_epochs` of fine-tuning into the backdoored model; the rate falls to a tenth every two epochs, twice.
+    """Distils `teacher_epochs` of fine-tuning into the backdoored model; the rate falls to a tenth after epochs 2 and 20.
 
     `betas` weigh the distance of attention maps after the last stages of the network, the deepest last; squared and averaged
     over places, as in the authors' code. A network of fewer stages takes as many of the last betas.
@@ -102,8 +102,8 @@ def purify(
     )
     count = min(len(betas), len(classifier.stages))
     steps = max(1, len(clean) // min(batch_size, len(clean)))
-    rate = optax.piecewise_constant_schedule(learning_rate, {2 * steps: 0.1, 4 * steps: 0.1})
-    optimizer = train.sgd(rate, momentum=momentum, weight_decay=weight_decay)
+    rate = optax.piecewise_constant_schedule(learning_rate, {2 * steps: 0.1, 20 * steps: 0.1})
+    optimizer = train.sgd(rate, momentum=momentum, weight_decay=weight_decay, nesterov=True)
     options = {"paths": classifier.stages[-count:], "betas": tuple(betas)[-count:], "padding": padding, "flip": flip}
     state, history = train.fit(
         partial(step, classifier=classifier, optimizer=optimizer, **options),

@@ -102,6 +102,8 @@ def purify(
         flip=flip,
         journal=journal.part("inversion"),
     )
+    # As in the authors' code: of the masks that are kept, also of those that never reached enough images.
+    triggers = triggers._replace(sizes=triggers.masks.sum((1, 2, 3)).astype(float))
     index = anomaly(triggers.sizes)
     flagged = np.flatnonzero(index > limit)
     told = {"flagged": flagged.tolist(), "anomaly_index": float(index.max()) if np.isfinite(index.max()) else 0.0}

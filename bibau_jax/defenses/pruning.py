@@ -13,7 +13,7 @@ from bibau_jax.errors import NotApplicable, UserError
 from bibau_jax.models import Classifier, inside
 
 BLOCK = 100
-THRESHOLDS = tuple(round(0.05 * number, 2) for number in range(1, 20))
+THRESHOLDS = tuple(round(0.05 * number, 2) for number in range(20))  # at 0 those that were clipped there
 
 
 def check_network(classifier: Classifier) -> None:
@@ -30,8 +30,8 @@ def check_threshold(threshold: float, max_loss: float) -> None:
 
 @partial(jax.jit, static_argnames=("classifier", "of"))
 def _given(classifier, variables, pixels, of):
-    paths = [pair.norm for pair in classifier.norms]
-    _, given = inside.look(classifier, variables, parallel.shard(pixels), paths, what="input")
+    paths = classifier.all_norms.values()
+    _, given = inside.look(classifier, variables, parallel.shard(pixels), list(paths), what="input")
     return {name: of(value.astype(jnp.float32)) for name, value in given.items()}
 
 
@@ -50,10 +50,12 @@ def given(classifier: Classifier, variables, pixels: np.ndarray, of: Callable) -
 def prune(classifier: Classifier, variables, pruned: dict[str, np.ndarray], *, bias: bool) -> dict:
     """The variables with the scales of pruned channels at 0, and with `bias` their biases too; running statistics stay.
 
-    `pruned` is bool [C] for every norm, by name. Without `bias` a pruned channel gives its bias everywhere.
+    `pruned` is bool [C] by a norm's name. Without `bias` a pruned channel gives its bias everywhere.
     """
 
     def change(name, norm):
+        if name not in pruned:  # behind a sum, where CLP prunes nothing
+            return norm
         keep = 1 - np.asarray(pruned[name], np.float32)
         return norm | {"scale": norm["scale"] * keep} | ({"bias": norm["bias"] * keep} if bias else {})
 
@@ -101,6 +103,8 @@ def by_masks(
     best, seen = (variables, {"threshold": 0.0} | count(below(masks, -1.0))), None
     for cut in tried:
         found = at(cut)
+        if not found[1]["pruned"]:
+            continue
         if found[1]["pruned"] != seen:  # the same channels give the same accuracy
             if train.accuracy(classifier, found[0], images.images, images.labels) < least:
                 break

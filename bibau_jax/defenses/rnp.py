@@ -44,7 +44,7 @@ def check(
     unlearned: float = 0.2,
     alpha: float = 0.2,
     threshold: float = 0.0,
-    max_loss: float = 0.05,
+    max_loss: float = 0.02,
     **others,
 ) -> None:
     """Raises `UserError` on settings that `purify` cannot use."""
@@ -72,7 +72,7 @@ def purify(
     max_grad_norm: float = 20.0,
     alpha: float = 0.2,
     threshold: float = 0.0,
-    max_loss: float = 0.05,
+    max_loss: float = 0.02,
     padding: int = 4,
     flip: bool = True,
 ) -> Purified:
@@ -88,6 +88,7 @@ def purify(
     Where `unlearn_epochs` end before the accuracy has fallen, it goes on all the same, and the history shows it.
     """
     check_clean(classifier, clean)
+    classifier = classifier.in_float32()  # as its authors compute
     check_network(classifier)
     check(
         classifier.num_classes,

@@ -8,7 +8,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from bibau_jax import parallel, train
 from bibau_jax.data import ImageSet
@@ -134,6 +133,7 @@ def purify(
       train_mode: BatchNorm on batch statistics in the update; by default it rests, which keeps more clean accuracy, and ASR.
     """
     check_clean(classifier, clean)
+    classifier = classifier.in_float32()  # as its authors compute
     check(
         classifier.num_classes,
         epochs=epochs,
@@ -145,7 +145,7 @@ def purify(
         lambda_shared=lambda_shared,
         lambda_unlearning=lambda_unlearning,
     )
-    optimizer = optax.amsgrad(learning_rate)
+    optimizer = train.amsgrad(learning_rate)
     state, history = train.fit(
         partial(
             step,

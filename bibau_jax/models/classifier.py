@@ -38,7 +38,7 @@ class Classifier:
     `head` is the path of the linear head, whose kernel is [D, classes]; `norms` pairs convolutions with the norm behind each,
     as the network runs; `stages` are the modules whose outputs [N, H, W, C] end the stages, the last of them what is pooled
     into features. `layers` are those that models are compared in where they are not the convolutions of `norms`; they are
-    tapped, and their kernels end in [..., C].
+    tapped, and their kernels end in [..., C]. `sums` are norms behind a sum, which belong to no convolution alone.
     """
 
     module: nn.Module
@@ -48,6 +48,7 @@ class Classifier:
     norms: tuple[NormOfConv, ...] = ()
     stages: tuple[Path, ...] = ()
     layers: tuple[Path, ...] = ()
+    sums: tuple[Path, ...] = ()
 
     def init(self, key: jax.Array) -> dict:
         """Fresh variables {"params", "batch_stats"}, float32; the latter is {} for a network without BatchNorm."""
@@ -72,10 +73,15 @@ class Classifier:
         """The layers whose activations models are compared by (BEC), as the network runs; shortcuts are none of them."""
         return self.layers or tuple(pair.conv for pair in self.main_path)
 
+    @property
+    def all_norms(self) -> dict[str, Path]:
+        """The path of every norm by its name, "layer1_0/bn1": those behind convolutions and those behind sums."""
+        return {"/".join(path): path for path in (*(pair.norm for pair in self.norms), *self.sums)}
+
     def map_norms(self, params, change: Callable[[str, dict], dict]) -> dict:
-        """`params` with every norm's {"scale", "bias"} behind a convolution replaced by `change("layer1_0/bn1", them)`."""
-        for pair in self.norms:
-            params = _replaced(params, pair.norm, change("/".join(pair.norm), at(params, pair.norm)))
+        """`params` with every norm's {"scale", "bias"} replaced by `change("layer1_0/bn1", them)`."""
+        for name, path in self.all_norms.items():
+            params = _replaced(params, path, change(name, at(params, path)))
         return params
 
     def head_kernel(self, params) -> jax.Array:

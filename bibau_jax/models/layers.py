@@ -101,6 +101,16 @@ class Normalize(nn.Module):
         return ((pixels / 255.0 - mean) / std).astype(self.dtype)
 
 
+def linear(units: int, inputs: int, *, dtype: Any = jnp.float32, name: str) -> nn.Dense:
+    """A linear layer that begins as PyTorch's."""
+    bound = inputs**-0.5
+
+    def draw(key, shape, dtype):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return nn.Dense(units, dtype=dtype, kernel_init=torch_kernel_init, bias_init=draw, name=name)
+
+
 class Head(nn.Module):
     """The linear classifier, in float32: logits from features."""
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from bibau_jax.errors import UserError
 from bibau_jax.models.classifier import Classifier, NormOfConv
-from bibau_jax.models.layers import BatchNorm, Head, Normalize, conv, torch_kernel_init
+from bibau_jax.models.layers import BatchNorm, Head, Normalize, conv, linear
 
 POOLED = 7  # pixels along a side that the hidden layers are given
 
@@ -50,16 +50,9 @@ class VGG(nn.Module):
         x = averaged(x.astype(jnp.float32), POOLED if self.hidden else 1)
         x = x.transpose(0, 3, 1, 2).reshape(len(x), -1).astype(self.dtype)  # C, H, W: the order of the weights behind it
         for number in (0, 3) if self.hidden else ():
-            x = nn.relu(_linear(self.hidden, x.shape[-1], self.dtype, f"classifier_{number}")(x))
+            x = nn.relu(linear(self.hidden, x.shape[-1], dtype=self.dtype, name=f"classifier_{number}")(x))
         features = x.astype(jnp.float32)
         return Head(self.classes, name="head")(features), features
-
-
-def _linear(units: int, inputs: int, dtype, name: str) -> nn.Dense:
-    """A linear layer that begins as PyTorch's."""
-    bound = inputs**-0.5
-    draw = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)  # noqa: E731
-    return nn.Dense(units, dtype=dtype, kernel_init=torch_kernel_init, bias_init=draw, name=name)
 
 
 def averaged(x: jax.Array, size: int) -> jax.Array:

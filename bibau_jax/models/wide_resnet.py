@@ -67,16 +67,19 @@ def wide_resnet16(
 ) -> Classifier:
     """WRN-16-k with `width` 16 k channels in the first stage. Mean and std on the 0..1 scale.
 
-    Norms that stand behind a sum belong to no convolution alone: `norms` has the stem's and each block's second.
+    Norms that stand behind a sum belong to no convolution alone: `norms` has the stem's and each block's second, `sums` the
+    others.
     """
     module = WideResNet(num_classes, width, tuple(stages), tuple(mean), tuple(std), dtype)
-    return Classifier(module, num_classes, tuple(image_shape), **described(width, stages))
+    told = described(width, stages)
+    return Classifier(module, num_classes, tuple(image_shape), **told | {"sums": (*told["sums"], ("bn1",))})
 
 
 def described(width: int, stages: Sequence[int]) -> dict[str, tuple]:
-    """What a `Classifier` says of pre-activation blocks behind a stem "conv1": its `norms`, `stages` and `layers`."""
+    """What a `Classifier` says of pre-activation blocks behind a stem "conv1": its `norms`, `stages`, `layers` and `sums`."""
     names = [name for name, _, _ in blocks(width, stages)]
     norms = [NormOfConv(("conv1",), (names[0], "bn1")), *(NormOfConv((name, "conv1"), (name, "bn2")) for name in names)]
     ends = tuple((f"layer{number}_{depth - 1}",) for number, depth in enumerate(stages, 1))
     layers = (("conv1",), *((name, f"conv{i}") for name in names for i in (1, 2)))
-    return {"norms": tuple(norms), "stages": ends, "layers": layers}
+    sums = tuple((name, "bn1") for name in names[1:])
+    return {"norms": tuple(norms), "stages": ends, "layers": layers, "sums": sums}

@@ -19,7 +19,7 @@ from bibau_jax.data import ImageSet
 from bibau_jax.errors import UserError
 from bibau_jax.method.terms import cross_entropy
 from bibau_jax.models import Classifier
-from bibau_jax.models.layers import torch_kernel_init
+from bibau_jax.models.layers import linear
 
 GRADIENTS = ("white_box", "queries")
 
@@ -33,8 +33,8 @@ class Perturber(nn.Module):
     def __call__(self, flat: jax.Array) -> jax.Array:
         x = flat
         for number in range(3):
-            x = nn.relu(nn.Dense(self.hidden, kernel_init=torch_kernel_init, name=f"dense{number}")(x))
-        return jnp.tanh(nn.Dense(flat.shape[-1], kernel_init=torch_kernel_init, name="out")(x))
+            x = nn.relu(linear(self.hidden, x.shape[-1], name=f"dense{number}")(x))
+        return jnp.tanh(linear(flat.shape[-1], self.hidden, name="out")(x))
 
 
 class Models(NamedTuple):
@@ -56,7 +56,7 @@ class State:
 
 def perturbed(params, pixels: jax.Array, *, epsilon: float, hidden: int) -> jax.Array:
     """x' = clip(x + epsilon G(x), 0, 255) for pixels [N, H, W, C]; |x' - x| <= epsilon."""
-    flat = (pixels / 127.5 - 1).reshape(len(pixels), -1)
+    flat = ((pixels / 255 - 0.5) / 0.25).reshape(len(pixels), -1)  # about as data sets are normalised
     return jnp.clip(pixels + epsilon * Perturber(hidden).apply({"params": params}, flat).reshape(pixels.shape), 0, 255)
 
 

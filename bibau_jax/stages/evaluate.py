@@ -9,6 +9,7 @@ import numpy as np
 from bibau_jax import attacks, checkpoint, parallel, progress, records, train
 from bibau_jax.metrics import cost, rates
 from bibau_jax.run import Run, attack_as_trained, load_model, measured_so_far, update, write_arrays
+from bibau_jax.stages import purify
 
 HARDLY = 50.0  # percent of ASR below which a backdoored model is not worth a defence
 # What the models are called in the record; other defences keep their own names, and the main one's model is "purified".
@@ -38,6 +39,7 @@ def run(this: Run, command: str) -> None:
         return
     attack, _ = attack_as_trained(this)
     test, metrics, predict = this.measured, {}, partial(train.predict, this.classifier)
+    left_out = {"not_applicable": unfit(this)} if unfit(this) else {}
     with cost.measure() as spent:
         triggered, aims = attack.stamp(test.images, test.ids), attack.aim(test.labels)
         with progress.bar(len(wanted), "evaluate", unit="model", show=parallel.is_lead()) as bar:
@@ -51,7 +53,7 @@ def run(this: Run, command: str) -> None:
                     records.Rate(*rates.attack_success_rate(hit, test.labels, aims)),
                     records.Rate(*rates.robust_accuracy(hit, test.labels, aims)),
                     info["seconds"],
-                    scanned | _told(info),
+                    scanned | _told(info) | (left_out if one == BEFORE else {}),
                 )
                 bar.advance()
         shown = {one.name: load_model(this, one.stage)[0] for one in found.values() if one.name in ("backdoored", "purified")}
@@ -88,14 +90,20 @@ def _told(info: dict) -> dict:
     return {"model_sha256": info["sha256"]} | info.get("told", {})
 
 
+def unfit(this: Run) -> dict[str, str]:
+    """The defences that could not treat the network, and why."""
+    places = {row: this.folder / "purify" / row / purify.UNFIT for row in this.rows}
+    return {row: path.read_text().strip() for row, path in places.items() if path.exists()}
+
+
 def models(this: Run) -> dict[str, Measured]:
-    """The models that can be measured, by row, the backdoored one first; says which are missing."""
+    """The models that can be measured, by row, the backdoored one first; says which are missing, and not what cannot be."""
     wanted = {"clean": "clean"} if this.config["implant"]["clean_twin"] != "none" else {}
     wanted |= {row: f"purify/{row}" for row in this.rows}
     found = {row: stage for row, stage in wanted.items() if (this.folder / stage / "model").exists()}
     if this.config["implant"]["clean_twin"] not in ("train", "none"):
         found |= {"clean": "clean"}
-    if missing := [stage for row, stage in wanted.items() if row not in found]:
+    if missing := [stage for row, stage in wanted.items() if row not in (*found, *unfit(this))]:
         progress.say(f"evaluate: without {', '.join(missing)}, not done yet", show=parallel.is_lead())
     stages = {"none": "implant"} | found
     return {row: Measured(_name(this, row), _label(this, row), stage) for row, stage in stages.items()}

@@ -2,12 +2,14 @@
 
 import dataclasses
 
-from bibau_jax import checkpoint, defenses, keys, limits, parallel, progress, train
+from bibau_jax import checkpoint, defenses, keys, limits, parallel, progress, records, train
 from bibau_jax.data import ImageSet
 from bibau_jax.errors import NotApplicable, UserError
 from bibau_jax.metrics import cost
 from bibau_jax.run import Run, attack_as_trained, finish, is_done, load_model, write_arrays
 from bibau_jax.stages.implant import poisoned_split
+
+UNFIT = "not_applicable.txt"  # in the folder of a defence that cannot treat the network: why
 
 
 def run(this: Run, command: str) -> None:
@@ -16,6 +18,9 @@ def run(this: Run, command: str) -> None:
     for row in this.rows:
         stage = f"purify/{row}"
         if is_done(this, stage, command):
+            continue
+        if (this.folder / stage / UNFIT).exists():
+            progress.say(f"{stage}: not applicable", show=parallel.is_lead())
             continue
         clock, guard = limits.Clock(this.config["defense"]["max_seconds"]), _guard(this, stage, variables)
         journal = dataclasses.replace(this.journal(stage), clock=clock, guard=guard)
@@ -26,6 +31,10 @@ def run(this: Run, command: str) -> None:
             if row == this.config["defense"]["name"]:
                 raise
             progress.say(f"{stage}: not applicable: {reason}", show=parallel.is_lead())
+            if parallel.is_lead():
+                (this.folder / stage).mkdir(parents=True, exist_ok=True)
+                records.write_text(this.folder / stage / UNFIT, f"{reason}\n")
+            parallel.wait("not applicable")
             continue
         for name, arrays in (("samples", purified.samples), ("evidence", purified.evidence)):
             if arrays is not None:

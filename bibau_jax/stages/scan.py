@@ -107,6 +107,7 @@ def searched(
         given = (keys.stream(key, "group", first) if first else key, classifier, variables, chosen)
         part = journal.part(f"from_{first}") if first else journal
         options = {"classes": classes[first : first + count], "also": also, "batch_size": batch_size, "journal": part}
+        options |= {"least": inversion.FIRST_WEIGHT}  # in few epochs a weight that was lowered far would not come back
         found.append(inversion.invert(*given, **options, **search)[0])
         parts.append(part)
     for part in parts[1:]:
