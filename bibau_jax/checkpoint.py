@@ -56,7 +56,7 @@ def load(path, like=None):
         tree = jax.tree.map(np.asarray, tree)  # orbax may hand back a 0-d array as a scalar
     except Exception as error:  # orbax and tensorstore raise many kinds
         raise UserError(f"cannot read {path}: {_reason(error)}") from error
-    if _digest(_named(tree)) != manifest["sha256"]:
+    if digest(_named(tree)) != manifest["sha256"]:
         raise UserError(f"{path} is damaged: its arrays are not those that were saved")
     info = {**manifest["info"], "sha256": manifest["sha256"]}
     return (tree if like is None else _fit(path, tree, like)), info
@@ -130,7 +130,7 @@ def _write(path: Path, arrays: dict, empty: dict, info: dict) -> None:
         handler, place = _handler(0), epath.Path(part / "arrays")
         handler.save(place, args=ocp.args.PyTreeSave({"tree": _nested(leaves | empty)}))
         handler.finalize(place)
-        _write_manifest(part, _digest(leaves), info)
+        _write_manifest(part, digest(leaves), info)
         os.rename(part, path)  # fails on anything but an empty directory
         _flush(path.parent)
     except Exception as error:  # orbax and tensorstore raise many kinds
@@ -210,8 +210,8 @@ def _check_files(path: Path, files: dict) -> None:
             raise UserError(f"{path} is damaged: {name}: {_reason(error)}") from error
 
 
-def _digest(arrays: dict) -> str:
-    """sha256 over names, types, shapes and bytes, in the order of the names."""
+def digest(arrays: dict) -> str:
+    """SHA-256 over names, types, shapes and bytes of arrays by name, in the order of the names."""
     total = hashlib.sha256()
     for name, array in sorted(arrays.items()):
         total.update(json.dumps([name, array.dtype.name, array.shape]).encode())

@@ -1,7 +1,9 @@
 """What the commands share: the flags --config and --workdir, and ending with one line."""
 
 import ast
+import itertools
 import re
+import shlex
 import sys
 
 from absl import flags
@@ -20,21 +22,27 @@ def fail(message) -> None:
     sys.exit(NOT_APPLICABLE if unfit else 2)
 
 
-def _config_first(flags: list[str]) -> list[str]:
-    """The flags with the config's file in front: settings can only be overridden once it is read, wherever it was written."""
-    first, rest, waiting = [], [], iter(flags)
+def _apart(flags: list[str], name: str) -> tuple[list[str], list[str]]:
+    """The flag of that name with its value, "--name=value" or "--name value", wherever it was written; and all others."""
+    found, others, waiting = [], [], iter(flags)
     for flag in waiting:
-        name, equals, _ = flag.partition("=")
-        if name.lstrip("-") == "config" and flag.startswith("-"):
-            first += [flag] if equals else [flag, *[value for value in [next(waiting, None)] if value is not None]]
+        written, equals, _ = flag.partition("=")
+        if flag.startswith("-") and written.lstrip("-") == name:
+            found += [flag] if equals else [flag, *itertools.islice(waiting, 1)]
         else:
-            rest.append(flag)
-    return first + rest
+            others.append(flag)
+    return found, others
+
+
+def command_line() -> str:
+    """The command that started this program, for all stages: run in another folder, it makes the same record."""
+    return shlex.join(["python", "-m", "bibau_jax.main", *_apart(sys.argv[1:], "config.stages")[1]])
 
 
 def read_flags(argv: list[str]) -> list[str]:
     """Reads the flags; what is wrong with them, or with the config file, ends the program in one line. Returns the rest."""
-    argv[1:] = _config_first(argv[1:])
+    first, others = _apart(argv[1:], "config")
+    argv[1:] = first + others  # settings can only be overridden once the config's file is read
     sys.argv[1:] = argv[1:]
     try:
         rest = flags.FLAGS(argv)

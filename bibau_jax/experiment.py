@@ -4,8 +4,6 @@ A stage takes what the one before it left in the run's folder and leaves its own
 and goes on from its last checkpoint when it was cut off.
 """
 
-import shlex
-import sys
 from pathlib import Path
 
 from bibau_jax import models, parallel, preflight, progress, records, workdir
@@ -15,7 +13,7 @@ from bibau_jax.run import Run, attack_as_trained, load_model
 from bibau_jax.stages import bring, evaluate, export, implant, purify, reactivate, scan, verify
 from bibau_jax.stages.implant import poisoned_split
 
-__all__ = ["Run", "attack_as_trained", "command_line", "load_model", "poisoned_split", "run", "settled"]
+__all__ = ["Run", "attack_as_trained", "load_model", "poisoned_split", "run", "settled"]
 
 
 def run(config: dict, folder: str, command: str = "") -> records.Record | None:
@@ -82,17 +80,6 @@ def write_report(this: Run, command: str) -> None:
         page = html.write(this.folder)
         tables.show(records.read(path))
         progress.say(f"report: {page}")
-
-
-def command_line() -> str:
-    """The command that started this program, for all stages: run in another folder, it makes the same record."""
-    kept, given = [], iter(sys.argv[1:])
-    for flag in given:
-        if flag.lstrip("-") == "config.stages":
-            next(given, None)  # its value stands apart
-        elif not flag.lstrip("-").startswith("config.stages="):
-            kept.append(flag)
-    return shlex.join(["python", "-m", "bibau_jax.main", *kept])
 
 
 STAGES = {

@@ -7,7 +7,7 @@ import traceback
 
 from absl import app, logging
 
-from bibau_jax.cli import CONFIG, WORKDIR, fail, parse
+from bibau_jax.cli import CONFIG, WORKDIR, command_line, fail, parse
 from bibau_jax.errors import UserError
 
 DISK = {
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     parallel.keep_compiled()
     parallel.use_cores(*run.batch_sizes(config))
     try:
-        record = experiment.run(config, WORKDIR.value, experiment.command_line())
+        record = experiment.run(config, WORKDIR.value, command_line())
         sys.exit(experiment.status(config, record))
     except UserError as error:
         fail(error)

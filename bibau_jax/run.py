@@ -1,7 +1,6 @@
 """One run: its config, its folder, and what follows from them; how finished work is told and kept on disk."""
 
 import dataclasses
-import hashlib
 import inspect
 import shutil
 from functools import cached_property
@@ -120,7 +119,9 @@ class Run:
             **taken,
         )
         parts = {"given": self.dataset.train, "clean": self.splits.clean, "held_out": self.splits.validation}
-        found = found._replace(told=found.told | {"images_sha256": _digest(self.dataset.train, self.dataset.test)})
+        all_images = {"train": self.dataset.train, "test": self.dataset.test}
+        arrays = {f"{name}.{kind}": getattr(part, kind) for name, part in all_images.items() for kind in ("images", "labels")}
+        found = found._replace(told=found.told | {"images_sha256": checkpoint.digest(arrays)})
         return counted(found, **{name: len(part) for name, part in (parts | {"measured": self.measured}).items()})
 
     @cached_property
@@ -193,14 +194,6 @@ class Run:
         keeper = checkpoint.Keeper(self.folder / stage / "checkpoints", every_steps=self.config["checkpoint_every"])
         scalars = records.Scalars(self.folder / "metrics.jsonl", tensorboard=self.config["tensorboard"], lead=lead)
         return train.Journal(stage, keeper, scalars, show=lead)
-
-
-def _digest(*parts: data.ImageSet) -> str:
-    """SHA-256 of images and labels."""
-    found = hashlib.sha256()
-    for part in parts:
-        found.update(part.images.tobytes() + part.labels.tobytes())
-    return found.hexdigest()
 
 
 def batch_sizes(config: dict) -> list[int]:

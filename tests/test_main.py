@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from bibau_jax import attacks, checkpoint, data, defenses, experiment, main, models, records, train
+from bibau_jax import attacks, checkpoint, cli, data, defenses, experiment, main, models, records, train
 from bibau_jax.errors import NotApplicable
 
 
@@ -335,4 +335,4 @@ def test_a_killed_run_goes_on_to_the_same_model(program, tmp_path, by, stage):
 def test_the_command_that_is_recorded_names_no_stages(given, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["main", "--config=configs/digits.py", *given, "--config.data.folder=my images"])
     told = "python -m bibau_jax.main --config=configs/digits.py '--config.data.folder=my images'"
-    assert experiment.command_line() == told
+    assert cli.command_line() == told

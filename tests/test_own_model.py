@@ -400,15 +400,15 @@ def test_another_trigger_is_measured_anew_and_so_is_a_model_that_was_purified_an
     mask = np.zeros((16, 16, 1), np.uint8)
     mask[:2, :2] = 1
     np.savez(tmp_path / "other.npz", mask=mask, pattern=40 * mask)
-    before, after = ({"verify.trigger": str(tmp_path / "other.npz")}, {})
-    wrong = experiment.run(settings(before | {"stages": "verify,report"}), str(copied))
+    other = {"verify.trigger": str(tmp_path / "other.npz"), "stages": "verify,report"}
+    wrong = experiment.run(settings(other), str(copied))
     assert wrong.metrics["backdoored"].asr.percent < 20
     assert "It hardly works on the model as it came" in (copied / "report.html").read_text()
     retuned = copied / "verify" / "real" / "bibau_u" / "retuned_0" / "model" / "manifest.json"
     with_wrong = retuned.read_bytes()
     for name in ("purify", "export"):
         shutil.rmtree(copied / name)
-    given = settings(after | {"defense.epochs": 1, "stages": "purify,verify"})
+    given = settings({"defense.epochs": 1, "stages": "purify,verify"})
     record, (_, first) = experiment.run(given, str(copied)), finished
     assert record.metrics["backdoored"].asr == first.metrics["backdoored"].asr
     digests = {each.metrics["purified"].extra["model_sha256"] for each in (wrong, record)}

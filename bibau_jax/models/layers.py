@@ -13,6 +13,12 @@ from jax.custom_derivatives import SymbolicZero
 torch_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
+def torch_bias_init(inputs: int):
+    """PyTorch's default for the biases of a layer with so many inputs to a unit: uniform in +-1/sqrt(inputs)."""
+    bound = inputs**-0.5
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
 def conv(features: int, size: int, stride: int = 1, *, use_bias: bool = False, dtype, name: str) -> nn.Conv:
     """A square convolution, padded by size // 2 on every side as PyTorch pads it."""
     return nn.Conv(
@@ -103,12 +109,8 @@ class Normalize(nn.Module):
 
 def linear(units: int, inputs: int, *, dtype: Any = jnp.float32, name: str) -> nn.Dense:
     """A linear layer that begins as PyTorch's."""
-    bound = inputs**-0.5
-
-    def draw(key, shape, dtype):
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return nn.Dense(units, dtype=dtype, kernel_init=torch_kernel_init, bias_init=draw, name=name)
+    given = {"kernel_init": torch_kernel_init, "bias_init": torch_bias_init(inputs)}
+    return nn.Dense(units, dtype=dtype, **given, name=name)
 
 
 class Head(nn.Module):
@@ -118,9 +120,7 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, features: jax.Array) -> jax.Array:
-        bound = features.shape[-1] ** -0.5
-        kernel = self.param("kernel", torch_kernel_init, (features.shape[-1], self.classes))
-        bias = self.param(
-            "bias", lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound), (self.classes,)
-        )
+        inputs = features.shape[-1]
+        kernel = self.param("kernel", torch_kernel_init, (inputs, self.classes))
+        bias = self.param("bias", torch_bias_init(inputs), (self.classes,))
         return jnp.dot(features, kernel, precision=jax.lax.Precision.HIGHEST) + bias

@@ -105,7 +105,7 @@ def bec_layers(found: dict, path: Path) -> Path | None:
     if not means or not layers:
         return None
     names = sorted(means, key=lambda name: words.order(words.DEFENSES, name))
-    low, high = (limit([limit(each) for each in means.values()]) for limit in (np.nanmin, np.nanmax))
+    low, high = np.nanmin(list(means.values())), np.nanmax(list(means.values()))
     shape = {"figsize": (2.3 * len(names) + 1.2, 0.3 * len(layers) + 1.3), "sharex": True, "sharey": True, "squeeze": False}
     figure, axes = plotting().subplots(1, len(names), layout="constrained", **shape)
     for axis, name in zip(axes[0], names, strict=True):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import statistics
+from collections import Counter
 from pathlib import Path
 
 from bibau_jax import records
@@ -91,27 +92,23 @@ def _add_code_form(made, named) -> None:
 
     Runs with other settings than most are left out of it, and so are backdoored models without a twin.
     """
-    similar, groups = {}, {}
+    before, similar = {name: words.backdoored(record) for name, record in named.items()}, {}
     for name, record in named.items():
-        before = words.backdoored(record)
         for measured in record.metrics.values():
             layers = measured.extra.get("bec_similarity")
-            if before is not None and isinstance(layers, dict) and layers:
+            if before[name] is not None and isinstance(layers, dict) and layers:
                 similar[name, measured.defense] = statistics.mean(layers.values())
-    for row in made:
-        before = words.backdoored(named[row["record"]])
-        if (row["record"], row["defense"]) in similar and row["variant"] == 1:
-            groups.setdefault(before.extra.get("model_sha256", row["record"]), []).append(row)
-    for rows_compared in groups.values():
-        values = {place: similar[row["record"], row["defense"]] for place, row in enumerate(rows_compared)}
-        twin = next((values[place] for place, row in enumerate(rows_compared) if row["defense"] == "clean"), None)
-        defended = {place: values[place] for place, row in enumerate(rows_compared) if row["defense"] not in ("none", "clean")}
+    compared = [row for row in made if row["variant"] == 1 and (row["record"], row["defense"]) in similar]
+    for _, rows_of_one in _grouped(compared, lambda row: before[row["record"]].extra.get("model_sha256", row["record"])):
+        values = {place: similar[row["record"], row["defense"]] for place, row in enumerate(rows_of_one)}
+        twin = next((values[place] for place, row in enumerate(rows_of_one) if row["defense"] == "clean"), None)
+        defended = {place: values[place] for place, row in enumerate(rows_of_one) if row["defense"] not in ("none", "clean")}
         if twin is None or not defended:
             continue
         from bibau_jax.metrics import bec  # brings JAX with it, which most tables do not need
 
         for place, value in bec.code_form(defended, twin).items():
-            rows_compared[place]["bec_code"] = value
+            rows_of_one[place]["bec_code"] = value
 
 
 def _sorting_key(row: dict) -> tuple:
@@ -146,32 +143,28 @@ def _set_apart(made, configs) -> None:
     The first is the one that most runs have, so that a single run with something changed never takes the place of a series. It
     is the same one for all attacks, whose own settings aside, so that a mean over attacks is one of like runs.
     """
-    settings = {
-        id(row): relevant(configs[row["record"]], row["defense"], any(n in row for n in words.MEASURES)) for row in made
-    }
-    rows = sorted(made, key=_sorting_key)
-    for _, members in _grouped(rows, lambda row: tuple(row[key] for key in GROUP[:-1] if key != "attack")):
-        common = _alike(
-            members, lambda row: {name: v for name, v in settings[id(row)].items() if not name.startswith("attack.")}
-        )
-        alike = []  # runs alike in everything: of each of those, the runs of one attack whose own settings were the same
-        for number, part in enumerate(common):
-            for _, rows_of_attack in _grouped(part, lambda row: row["attack"]):
-                own = _alike(rows_of_attack, lambda row: settings[id(row)])
-                alike += [(number, place, rows_alike) for place, rows_alike in enumerate(own)]
-        others = {}  # of an attack's own settings those that fewer runs have come after all that differ for every attack
-        for number, place, rows_alike in alike:
-            attack, first = rows_alike[0]["attack"], common[0][0]
-            told = [_difference(settings[id(rows_alike[0])], settings[id(first)], lambda name: not name.startswith("attack."))]
-            if place:
-                main = next(one for n, p, one in alike if (n, p) == (number, 0) and one[0]["attack"] == attack)
-                told.append(
-                    _difference(settings[id(rows_alike[0])], settings[id(main[0])], lambda name: name.startswith("attack."))
-                )
-                others[attack] = others.get(attack, 0) + 1
-            variant = len(common) + others[attack] if place else number + 1
-            for row in rows_alike:
-                row |= {"variant": variant, "settings": ", ".join(filter(None, told))}
+    shared, own = {}, {}  # by row: the settings besides the attack's, and the attack's
+    for row in made:
+        settings = relevant(configs[row["record"]], row["defense"], any(n in row for n in words.MEASURES))
+        own[id(row)] = {name: value for name, value in settings.items() if name.startswith("attack.")}
+        shared[id(row)] = {name: value for name, value in settings.items() if name not in own[id(row)]}
+    for _, members in _grouped(sorted(made, key=_sorting_key), _beside_attack):
+        parts, further = _alike(members, shared), Counter()
+        for number, part in enumerate(parts, 1):
+            for attack, of_attack in _grouped(part, lambda row: row["attack"]):
+                main, *others = _alike(of_attack, own)
+                for alike in (main, *others):
+                    variant = number
+                    if alike is not main:  # numbered after all that differ for every attack
+                        further[attack] += 1
+                        variant = len(parts) + further[attack]
+                    told = [_difference(shared, alike[0], parts[0][0]), _difference(own, alike[0], main[0])]
+                    for row in alike:
+                        row |= {"variant": variant, "settings": ", ".join(filter(None, told))}
+
+
+def _beside_attack(row: dict) -> tuple:
+    return tuple(row[key] for key in GROUP if key not in ("attack", "variant"))
 
 
 def _grouped(rows, key) -> list[tuple]:
@@ -182,20 +175,20 @@ def _grouped(rows, key) -> list[tuple]:
     return list(groups.items())
 
 
-def _alike(rows, settings) -> list[list[dict]]:
-    """The rows in parts with the same settings, the largest first."""
+def _alike(rows, settings: dict[int, dict]) -> list[list[dict]]:
+    """The rows in parts with the same `settings`, which are by the row's id; the largest part first."""
     parts: list[tuple[dict, list[dict]]] = []
     for row in rows:
-        mine = settings(row)
+        mine = settings[id(row)]
         if (members := next((part for other, part in parts if not _unlike(mine, other)), None)) is None:
             parts.append((mine, members := []))
         members.append(row)
     return sorted((part for _, part in parts), key=len, reverse=True)
 
 
-def _difference(settings: dict, first: dict, counts) -> str:
-    names = [name for name in _unlike(settings, first) if counts(name)]
-    return ", ".join(f"{name} {_said(settings, name)} instead of {_said(first, name)}" for name in names)
+def _difference(settings: dict[int, dict], row: dict, first: dict) -> str:
+    ours, theirs = settings[id(row)], settings[id(first)]
+    return ", ".join(f"{name} {_said(ours, name)} instead of {_said(theirs, name)}" for name in _unlike(ours, theirs))
 
 
 def _unlike(one: dict, other: dict) -> list[str]:

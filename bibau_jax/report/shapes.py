@@ -74,7 +74,7 @@ def cells(lines, number: str, dataset: str) -> dict[str, dict[str, dict[str, Cel
     """{defense: {attack: {metric: Cell}}} of one shape, with the average over attacks, from lines of `series.summary`.
 
     `lines` are of one data set and network. Defences and attacks without any number are left out, and so are runs with other
-    settings (`left_out`). A row has an average where it has every attack that any row has.
+    settings (`left_out`). A row has an average where it has every attack that any row has, and those are several.
     """
     shape, made = SHAPES[number], {}
     for line in lines:
@@ -90,7 +90,7 @@ def cells(lines, number: str, dataset: str) -> dict[str, dict[str, dict[str, Cel
     every = {attack for row in measured.values() for attack in row}
     for defense, row in measured.items():
         averages = {metric: _average(row, metric, shape, number, dataset, defense) for metric in shape.metrics}
-        row |= {AVERAGE: averages} if set(row) == every else {}
+        row |= {AVERAGE: averages} if set(row) == every and len(every) > 1 else {}
     return dict(sorted(measured.items(), key=lambda item: words.order(words.DEFENSES, item[0])))
 
 
@@ -191,12 +191,13 @@ def _exact(value) -> str:
 def every(rows) -> dict[tuple[str, str, str], dict]:
     """{(dataset, model, number): cells} of every shape that the rows (of `series.rows`) have numbers for."""
     groups: dict[tuple[str, str], list] = {}
-    for line in series.summary(rows):
-        groups.setdefault((line["dataset"], line["model"]), []).append(line)
-    made = {(*place, number): cells(lines, number, place[0]) for place, lines in groups.items() for number in SHAPES}
-    for place in groups:
-        alike = series.summary(_of_ablations([row for row in rows if (row["dataset"], row["model"]) == place]))
-        made[*place, "6"] = cells(alike, "6", place[0])
+    for row in rows:
+        groups.setdefault((row["dataset"], row["model"]), []).append(row)
+    made = {}
+    for place, members in groups.items():
+        lines, of_ablation = series.summary(members), series.summary(_of_ablations(members))
+        for number, shape in SHAPES.items():
+            made[*place, number] = cells(of_ablation if shape.ablation else lines, number, place[0])
     return {key: shape for key, shape in made.items() if _is_worth_showing(key[2], shape)}
 
 

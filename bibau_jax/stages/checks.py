@@ -1,7 +1,6 @@
 """The checks of `reactivate`: what each attacker holds, and what is measured of one model."""
 
 import dataclasses
-import hashlib
 import shutil
 from functools import cached_property
 
@@ -41,7 +40,7 @@ class Scene:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the test images under the trigger, and what it is to lead them to."""
-        return hashlib.sha256(self.triggered.tobytes() + self.aims.tobytes() + self.test.labels.tobytes()).hexdigest()
+        return checkpoint.digest({"triggered": self.triggered, "aims": self.aims, "labels": self.test.labels})
 
     @property
     def counted(self) -> dict[str, int]:

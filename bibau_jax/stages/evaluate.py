@@ -39,7 +39,8 @@ def run(this: Run, command: str) -> None:
         return
     attack, _ = attack_as_trained(this)
     test, metrics, predict = this.measured, {}, partial(train.predict, this.classifier)
-    left_out = {"not_applicable": unfit(this)} if unfit(this) else {}
+    unfit = purify.unfit(this)
+    left_out = {"not_applicable": unfit} if unfit else {}
     with cost.measure() as spent:
         triggered, aims = attack.stamp(test.images, test.ids), attack.aim(test.labels)
         with progress.bar(len(wanted), "evaluate", unit="model", show=parallel.is_lead()) as bar:
@@ -90,12 +91,6 @@ def _told(info: dict) -> dict:
     return {"model_sha256": info["sha256"]} | info.get("told", {})
 
 
-def unfit(this: Run) -> dict[str, str]:
-    """The defences that could not treat the network, and why."""
-    places = {row: this.folder / "purify" / row / purify.UNFIT for row in this.rows}
-    return {row: path.read_text().strip() for row, path in places.items() if path.exists()}
-
-
 def models(this: Run) -> dict[str, Measured]:
     """The models that can be measured, by row, the backdoored one first; says which are missing, and not what cannot be."""
     wanted = {"clean": "clean"} if this.config["implant"]["clean_twin"] != "none" else {}
@@ -103,7 +98,7 @@ def models(this: Run) -> dict[str, Measured]:
     found = {row: stage for row, stage in wanted.items() if (this.folder / stage / "model").exists()}
     if this.config["implant"]["clean_twin"] not in ("train", "none"):
         found |= {"clean": "clean"}
-    if missing := [stage for row, stage in wanted.items() if row not in (*found, *unfit(this))]:
+    if missing := [stage for row, stage in wanted.items() if row not in (*found, *purify.unfit(this))]:
         progress.say(f"evaluate: without {', '.join(missing)}, not done yet", show=parallel.is_lead())
     stages = {"none": "implant"} | found
     return {row: Measured(_name(this, row), _label(this, row), stage) for row, stage in stages.items()}

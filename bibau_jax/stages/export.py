@@ -33,7 +33,7 @@ def _card(path: Path) -> Path:
 def check(this: Run) -> None:
     """Raises `UserError` where weights or card would go over the file that they came from, or over anybody else's."""
     path, made = target(this), (this.folder / "purify" / this.config["defense"]["name"] / "model").exists()
-    _refuse(this, path, _named(this) if made else {})
+    _refuse(this, path, _named(this) if made and path.exists() else {})
 
 
 def _refuse(this: Run, path: Path, named: dict) -> None:

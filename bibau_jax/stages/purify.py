@@ -19,7 +19,7 @@ def run(this: Run, command: str) -> None:
         stage = f"purify/{row}"
         if is_done(this, stage, command):
             continue
-        if (this.folder / stage / UNFIT).exists():
+        if row in unfit(this):
             progress.say(f"{stage}: not applicable", show=parallel.is_lead())
             continue
         clock, guard = limits.Clock(this.config["defense"]["max_seconds"]), _guard(this, stage, variables)
@@ -41,6 +41,12 @@ def run(this: Run, command: str) -> None:
                 write_arrays(this.folder / stage / f"{name}.npz", arrays)
         told = _told(this, purified, guard)
         finish(this, stage, {"variables": purified.variables}, purified.history, spent, command, told=told)
+
+
+def unfit(this: Run) -> dict[str, str]:
+    """The defences that could not treat the network, and why."""
+    places = {row: this.folder / "purify" / row / UNFIT for row in this.rows}
+    return {row: path.read_text().strip() for row, path in places.items() if path.exists()}
 
 
 def _guard(this: Run, stage: str, variables) -> limits.Guard:
