@@ -193,3 +193,15 @@ def test_rnp_stops_unlearning_when_the_clean_task_is_forgotten(backdoored):
     unlearning = [entry for entry in found.history if entry["loss"] < 0]
     assert unlearning[-1]["accuracy"] <= 0.8 < min(entry["accuracy"] for entry in unlearning[:-1])
     assert len(unlearning) < 20 and found.told["unlearned_to"] == unlearning[-1]["accuracy"]
+
+
+def test_the_mask_of_a_planted_channel_falls_below_all_others(backdoored):
+    variables = jax.tree.map(np.array, backdoored.variables)
+    variables["params"]["layer1_0"]["bn2"]["scale"][5] *= 5.0  # a channel that shouts one class over all others
+    variables["params"]["head"]["kernel"][5, 0] += 5.0
+    options = {"batch_size": 50, "padding": 0, "flip": False, "unlearn_epochs": 1, "unlearn_rate": 1e-6, "max_loss": 0.05}
+    given = (keys.root(0), backdoored.classifier, variables, backdoored.clean)
+    found = defenses.get("rnp").purify(*given, recover_epochs=20, **options)
+    masks = {(name, channel): value for name, mask in found.evidence.items() for channel, value in enumerate(mask)}
+    assert min(masks, key=masks.get) == ("layer1_0/bn2", 5)
+    assert found.variables["params"]["layer1_0"]["bn2"]["scale"][5] == 0
