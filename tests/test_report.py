@@ -3,11 +3,13 @@
 import io
 import json
 import re
+import shutil
 import statistics
 import subprocess
 import sys
 from html import escape, unescape
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ from bibau_jax import records
 from bibau_jax.errors import UserError
 from bibau_jax.report import figures, html, progress, strip, tables, words
 
+RESULTS = Path(__file__).parents[1] / "results"
+PAGES = sorted(path.stem for path in RESULTS.glob("*.md") if path.stem != "scan" and (RESULTS / "records" / path.stem).is_dir())
 HOSTILE = "<script src='https://evil.example/x.js'>alert(1)</script>\"&"
 DEFENSES = {"backdoored": "none", "clean": "clean", "finetuned": "ft", "base_at": "base_at", "purified": "bibau_u"}
 
@@ -336,3 +340,18 @@ def test_further_numbers_flow_through_to_rows_and_columns(folder, tmp_path):
 def test_an_empty_folder_is_a_one_line_error(tmp_path, capsys):
     assert tables.main([str(tmp_path), "--out", str(tmp_path / "results")]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1 and not (tmp_path / "results.md").exists()
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_published_results_are_what_their_records_say(name, tmp_path):
+    page, told = RESULTS / f"{name}.md", RESULTS.parent / "README.md"
+    for path in (page, told):
+        shutil.copy(path, tmp_path)
+    _, broken = tables.write(RESULTS / "records" / name, tmp_path / name)
+    again = f"python -m bibau_jax.report.tables results/records/{name} --out results/{name}"
+    assert not broken
+    for path in (page, page.with_suffix(".json")):
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), again
+    if f"<!-- results {name} -->" in told.read_text():
+        tables.insert(tmp_path / "README.md", tmp_path / name)
+        assert (tmp_path / "README.md").read_text() == told.read_text(), f"{again} --readme README.md"

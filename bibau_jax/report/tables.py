@@ -145,9 +145,11 @@ def markdown(found: dict, text: str = f"{OPEN}\n{CLOSE}") -> str:
     if any(line["defense"] == "ibu" for line in lines):
         note += "\n\nIBU is no defence: it sees the trigger, and shows how far any defence could get."
     note += f"\n\n{mixed}: this spread is not over seeds alone." if any(line["differs"] for line in lines) else ""
+    several = len({line["model"] for line in lines}) > 1  # each has variants of its own
     for line in lines:
         if line["variant"] > 1:
-            note += f"\n\n{_names(line)[3]}, {words.attack(line['attack'])}: {_cell(line['settings'])}."
+            model = f"{_cell(line['model'])}, " if several else ""
+            note += f"\n\n{model}{_names(line)[3]}, {words.attack(line['attack'])}: {_cell(line['settings'])}."
     head = f"{text}\n\n<!-- made from records by bibau_jax.report.tables; only the text above is written by hand -->\n"
     body = f"## Summary\n\n{_summary_table(lines)}\n{note}\n\n## Every run\n\n{_rows_table(made)}"
     return f"{head}\n{body}\n## Machines and commands\n\n{_machines(found)}"
