@@ -75,7 +75,7 @@ def test_the_page_keeps_what_was_written_by_hand_and_is_the_same_again(folder, t
 def test_a_folder_without_scans_or_with_a_damaged_record_is_told(folder, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert scans.main([str(tmp_path / "empty"), "--out", str(tmp_path / "scan")]) == 1
-    assert "no scan is recorded" in capsys.readouterr().err and not (tmp_path / "scan.md").exists()
+    assert "no verdict of the scan is recorded" in capsys.readouterr().err and not (tmp_path / "scan.md").exists()
     (folder / "torn.json").write_text('{"config": {')
     assert scans.main([str(folder), "--out", str(tmp_path / "scan")]) == 1
     assert "torn.json" in capsys.readouterr().err and (tmp_path / "scan.md").exists()
@@ -90,3 +90,19 @@ def test_what_pages_say_of_the_scan_is_what_the_committed_records_hold():
     said = own.reliability()
     assert f"{rates['clean']['flagged']} of {rates['clean']['models']} clean ones" in said
     assert f"{rates['backdoored']['flagged']} of {rates['backdoored']['models']} with a backdoor (BadNets" in said
+
+
+def test_the_verdicts_of_neural_cleanse_are_counted_likewise(tmp_path):
+    (tmp_path / "records").mkdir()
+    for number, flagged in enumerate(([3], [], [1, 3])):
+        record = told(number, innocent=number > 0, index=9.0)
+        record["config"]["defense"] = {"nc": {"limit": 1.5}}
+        verdict = {"defense": "nc", "model_sha256": "another", "flagged": flagged, "anomaly_index": 2.5, "suspected": 3}
+        record["metrics"]["nc"] = {**record["metrics"]["backdoored"], **verdict}
+        (tmp_path / "records" / f"{number}.json").write_text(json.dumps(record))
+    assert scans.main([str(tmp_path / "records"), "--out", str(tmp_path / "nc"), "--of", "nc"]) == 0
+    rows = json.loads((tmp_path / "nc.json").read_text())["rows"]
+    assert [(row["attack"], row["end"]) for row in rows] == [("clean", "nothing"), ("clean", "other"), ("badnets", "target")]
+    assert {row["limit"] for row in rows} == {1.5} and {row["anomaly_index"] for row in rows} == {2.5}
+    page = (tmp_path / "nc.md").read_text()
+    assert "## What NC flagged" in page and "(nc.png)" in page and "1 of 2" in page

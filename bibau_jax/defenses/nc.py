@@ -76,7 +76,7 @@ def purify(
       enough, patience, stop_after: see `inversion.invert`. limit: of the anomaly index (the paper: 2).
       share: of the clean images that carry flagged triggers, true labels kept (0.2). The rest is fine-tuning.
 
-    `told` holds the classes flagged and the largest index; `evidence` masks and patterns of all classes.
+    `told` holds the classes flagged, the largest index and its class; `evidence` masks and patterns of all classes.
     """
     check_clean(classifier, clean)
     searching = {"enough": enough, "patience": patience, "stop_after": stop_after}
@@ -107,6 +107,7 @@ def purify(
     index = anomaly(triggers.sizes)
     flagged = np.flatnonzero(index > limit)
     told = {"flagged": flagged.tolist(), "anomaly_index": float(index.max()) if np.isfinite(index.max()) else 0.0}
+    told |= {"suspected": int(index.argmax())}
     evidence = triggers._asdict() | {"index": index}
     if not len(flagged):
         return Purified(jax.device_get(variables), history, told=told, evidence=evidence)

@@ -1,6 +1,8 @@
 """How often the scan is right: scanned models with a backdoor and without one, counted by attack, as a page and a picture.
 
 python -m bibau_jax.report.scans results/records/scan --out results/scan
+
+With `--of=nc` the same of the verdicts of the defence NC.
 """
 
 import argparse
@@ -17,19 +19,31 @@ from bibau_jax.report import pictures, series, tables, words
 
 NAME = "scan_rates.json"  # in this package: what pages say of the scan's reliability; made with --rates
 CLEAN = "clean"
+OF = {"scan": "the scan", "nc": "NC"}  # whose verdicts are counted
 # What a scan may end with.
 ENDS = {"target": "The attack’s class", "other": "Only another class", "nothing": "Nothing", "unknown": "It could not tell"}
 
 
-def rows(found: dict) -> list[dict]:
+def _verdict(record, of: str) -> tuple[dict | None, float]:
+    """What the scan, or NC, said of the model as it came, and its limit for the anomaly index."""
+    if of == "scan":
+        return words.backdoored(record).extra.get("scan"), record.config["scan"]["limit"]
+    measured = next((m for m in record.metrics.values() if m.defense == of), None)
+    return measured and measured.extra, record.config["defense"][of]["limit"] if measured else 0.0
+
+
+def rows(found: dict, of: str = "scan") -> list[dict]:
     """One row a scanned model, from records by name: what it was, how the scan ended (ENDS), the largest anomaly index."""
     made, seen = [], set()
     for name, record in sorted(found.items()):
         before = words.backdoored(record)
-        if before is None or "scan" not in before.extra or before.extra["model_sha256"] in seen:
+        if before is None or before.extra.get("model_sha256") in seen:
+            continue
+        scan, limit = _verdict(record, of)
+        if scan is None:
             continue
         seen.add(before.extra["model_sha256"])
-        scan, config = before.extra["scan"], record.config
+        config = record.config
         clean, target = config["implant"].get("innocent", False), config["attack"]["target_label"]
         end = "unknown" if scan.get("undetermined") else "nothing"
         if scan["flagged"]:
@@ -44,7 +58,7 @@ def rows(found: dict) -> list[dict]:
                 "anomaly_index": scan["anomaly_index"],
                 "suspected": scan["suspected"],
                 "flagged": scan["flagged"],
-                "limit": config["scan"]["limit"],
+                "limit": limit,
                 "record": name,
             }
         )
@@ -90,7 +104,7 @@ def _share(hits: int, count: int) -> str:
     return f"{hits} of {count} ({rate.percent:.0f} %; {low:.0f} to {high:.0f} %)"
 
 
-def markdown(made, text: str) -> str:
+def markdown(made, text: str, of: str = "scan", drawn: str = "scan.png") -> str:
     """The page: what was counted, then every model; `text` is what was written by hand above, with its markers."""
     lines = summary(made)
     headings = ("Data set", "Model", "Attack", "Models", *ENDS.values())
@@ -103,7 +117,10 @@ def markdown(made, text: str) -> str:
     if told["backdoored"]["models"]:
         found = _share(told["backdoored"]["flagged"], told["backdoored"]["models"])
         said.append(f"The attack’s class was flagged in {found} of the backdoored ones.")
-    said.append("An index above the limit (dashed) is flagged only where the patch is much smaller than the other classes’.")
+    if of == "scan":
+        said.append(
+            "An index above the limit (dashed) is flagged only where the patch is much smaller than the other classes’."
+        )
     said.append("Wilson’s 95 % intervals. A model that several runs share is counted once.")
     each = [
         (words.dataset(row["dataset"]), _attack(row), row["seed"], words.number(row["anomaly_index"], 2), row["suspected"])
@@ -113,8 +130,8 @@ def markdown(made, text: str) -> str:
     columns = ("Data set", "Attack", "Seed", "Largest anomaly index", "Of class", "Flagged", "Which is", "Record")
     return (
         f"{text}\n\n<!-- made from records by bibau_jax.report.scans; only the text above is written by hand -->\n\n"
-        f"## What the scan flagged\n\n{tables.markdown_table(headings, 3, body)}\n{' '.join(said)}\n\n"
-        "![The largest anomaly index of every model](scan.png)\n\n"
+        f"## What {OF[of]} flagged\n\n{tables.markdown_table(headings, 3, body)}\n{' '.join(said)}\n\n"
+        f"![The largest anomaly index of every model]({drawn})\n\n"
         f"## Every model\n\n{tables.markdown_table(columns, 2, each)}"
     )
 
@@ -123,7 +140,7 @@ def _attack(row: dict) -> str:
     return "none (clean model)" if row["attack"] == CLEAN else words.attack(row["attack"])
 
 
-def picture(made, path: Path) -> Path:
+def picture(made, path: Path, of: str = "scan") -> Path:
     """Every model's largest anomaly index, a line an attack: filled where the attack's class was flagged, red where another."""
     kinds = list(dict.fromkeys((row["dataset"], row["attack"]) for row in made))
     figure, axis = pictures.plotting().subplots(figsize=(7.2, 1.2 + 0.3 * len(kinds)))
@@ -144,7 +161,7 @@ def picture(made, path: Path) -> Path:
     axis.set(
         yticks=range(len(kinds)), yticklabels=names, ylim=(len(kinds) - 0.5, -0.5), xlabel="Largest anomaly index of a class"
     )
-    axis.set_title("What the scan sees", loc="left")
+    axis.set_title(f"What {OF[of]} sees", loc="left")
     axis.grid(axis="x", alpha=0.25)
     axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
     return pictures.save(figure, path)
@@ -156,22 +173,25 @@ def main(arguments=None) -> int:
     parser.add_argument("records", help="folder with record files (*.json), searched recursively")
     parser.add_argument("--out", required=True, help="path of the results without suffix, e.g. results/scan")
     parser.add_argument("--rates", help="also write what pages say of the scan's reliability to this file")
+    parser.add_argument(
+        "--of", choices=OF, default="scan", help="whose verdicts: the scan's (default) or those of the defence nc"
+    )
     flags = parser.parse_args(arguments)
-    return tables.told(lambda: write(flags.records, flags.out, flags.rates))
+    return tables.told(lambda: write(flags.records, flags.out, flags.rates, flags.of))
 
 
-def write(folder, out, rates=None) -> tuple[list[Path], list[str]]:
+def write(folder, out, rates=None, of: str = "scan") -> tuple[list[Path], list[str]]:
     """Writes `<out>.md`, `.json` and `.png`, and to `rates` what pages say; returns the files and what could not be read."""
     page, data = Path(f"{out}.md"), Path(f"{out}.json")
     found, broken = series.collect(Path(folder), data)
-    made = rows(found)
+    made = rows(found, of)
     if not made:
-        raise UserError("; ".join([f"no scan is recorded under {folder}", *broken]))
-    text, lines = markdown(made, tables.introduction(page)), summary(made)
+        raise UserError("; ".join([f"no verdict of {OF[of]} is recorded under {folder}", *broken]))
+    text, lines = markdown(made, tables.introduction(page), of, f"{page.stem}.png"), summary(made)
     page.parent.mkdir(parents=True, exist_ok=True)
     records.write_text(page, text)
     records.write_text(data, json.dumps({"summary": lines, "rows": made}, indent=1) + "\n")
-    written = [page, data, picture(made, page.with_suffix(".png"))]
+    written = [page, data, picture(made, page.with_suffix(".png"), of)]
     if rates:
         records.write_text(Path(rates), json.dumps(reliability(lines), indent=1) + "\n")
         written.append(Path(rates))

@@ -2,9 +2,9 @@
 
 python -m bibau_jax.grid --grid=configs/grids/selection_softened_cpu.py --workdir=runs/selection_softened_cpu --jobs=2
 
-Both were chosen on networks that know their images by heart (configs/grids/selection_norm_cpu.py, results/records/selection_own.json).
-Those of configs/cifar10_cpu.py lose some 10 points of clean accuracy to the paper's form with 1,000 clean images. No result uses
-this seed or these images.
+Both were chosen on networks that know their images by heart (configs/grids/selection_norm_cpu.py and
+results/records/selection_own.json). Those of configs/cifar10_cpu.py lose some 10 points of clean accuracy to the paper's form
+with 1,000 clean images. No result uses this seed or these images.
 """
 
 from bibau_jax import grid
