@@ -240,6 +240,7 @@ def defense() -> ConfigDict:
     config.nc.enough = 0.99  # share of images that a trigger must send to its class
     config.nc.patience = 5  # epochs before the mask's weight changes
     config.nc.stop_after = 25  # epochs without a smaller mask
+    config.nc.memory = 8.0  # GiB: as many classes are searched together as take about this much; 0 for all
     config.bti_dbf = ConfigDict({"rounds": 5, "epochs": 30, "batch_size": 128, "learning_rate": 1e-4})
     config.bti_dbf.pretrain_epochs = 50  # of the generator
     config.bti_dbf.mask_epochs = 20

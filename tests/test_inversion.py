@@ -198,7 +198,7 @@ def test_a_model_in_which_no_class_stands_out_is_given_back(backdoored, monkeypa
 
 
 @pytest.mark.parametrize(
-    "options", [{"enough": 0.0}, {"inversion_epochs": 0}, {"stop_after": 0}, {"share": 0.0}, {"limit": -1.0}]
+    "options", [{"enough": 0.0}, {"inversion_epochs": 0}, {"stop_after": 0}, {"share": 0.0}, {"limit": -1.0}, {"memory": -1.0}]
 )
 def test_settings_that_mean_nothing_are_refused(options, backdoored):
     with pytest.raises(UserError, match="needs"):

@@ -491,7 +491,7 @@ def test_names_of_classes_are_nobodys_markup(finished):
 def test_a_scan_in_groups_finds_what_one_of_all_classes_does(backdoored):
     search = {"epochs": 2, "batch_size": 50, "enough": 0.9, "patience": 2, "stop_after": 5, "learning_rate": 0.1, "padding": 1}
     given = (backdoored.classifier, backdoored.variables, backdoored.clean)
-    each = scan.activations(*given[:2]) * 50 / 2**30
+    each = inversion.activations(*given[:2]) * 50 / 2**30
     found = scan.searched(keys.root(0), *given, images=100, memory=1.5 * each, classes=(3, 0), **search)
     chosen = splits.some_of(backdoored.clean, 100)
     alone, _ = inversion.invert(keys.root(0), *given[:2], chosen, classes=(3,), **search)

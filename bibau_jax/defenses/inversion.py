@@ -173,12 +173,62 @@ def start(key: jax.Array, classifier: Classifier, optimizer, count: int = 0) -> 
 
 
 def check_search(epochs: int, enough: float, patience: int, stop_after: int) -> None:
-    """Raises `UserError` on settings that `invert` cannot use."""
+    """Raises `UserError` on settings that `together` cannot use."""
     if epochs < 1 or not 0 < enough <= 1 or min(patience, stop_after) < 1:
         raise UserError("trigger inversion needs epochs, patience and stop_after of at least 1 and enough within 0..1")
 
 
 def invert(
+    key: jax.Array,
+    classifier: Classifier,
+    variables,
+    clean: ImageSet,
+    *,
+    memory: float = 0.0,
+    classes: tuple[int, ...] = (),
+    also: tuple[dict, ...] = (),
+    batch_size: int = 256,
+    journal: train.Journal = train.Journal(),
+    **search,
+) -> tuple[Triggers, list[dict]]:
+    """As `together`, which has the other settings, for as many classes at once as take about `memory` GiB; 0 for all of them.
+
+    Every class takes a batch through the network. The history is that of one group after the other.
+    """
+    classes = classes or tuple(range(classifier.num_classes))
+    each = min(batch_size, len(clean)) * (1 + len(also)) * activations(classifier, variables)
+    count = max(1, int(memory * 2**30 / each)) if memory else len(classes)
+    found, history, parts = [], [], []
+    for first in range(0, len(classes), count):
+        given = (keys.stream(key, "group", first) if first else key, classifier, variables, clean)
+        part = journal.part(f"from_{first}") if first else journal
+        options = {"classes": classes[first : first + count], "also": also, "batch_size": batch_size, "journal": part}
+        triggers, told = together(*given, **options, **search)
+        found, history, parts = [*found, triggers], history + told, [*parts, part]
+    for part in parts[1:]:
+        if part.keeper is not None:
+            part.keeper.clear()
+    return Triggers(*map(np.concatenate, zip(*found, strict=True))), history
+
+
+def activations(classifier: Classifier, variables) -> int:
+    """Bytes that a gradient keeps of one image: three times what convolutions and matrix products give, so rather too many."""
+
+    def given(jaxpr) -> int:
+        total = 0
+        for line in jaxpr.eqns:
+            if line.primitive.name in ("conv_general_dilated", "dot_general"):
+                total += sum(out.aval.size * out.aval.dtype.itemsize for out in line.outvars)
+            inner = [getattr(value, "jaxpr", value) for value in line.params.values()]
+            total += sum(given(one) for one in inner if hasattr(one, "eqns"))
+        return total
+
+    image = jax.ShapeDtypeStruct((1, *classifier.image_shape), np.float32)
+    traced = jax.make_jaxpr(lambda variables, image: classifier.apply(variables, image).logits)(variables, image)
+    return 3 * given(traced.jaxpr)
+
+
+def together(
     key: jax.Array,
     classifier: Classifier,
     variables,

@@ -32,6 +32,7 @@ def check(
     share: float = 0.2,
     epochs: int = 20,
     limit: float = 2.0,
+    memory: float = 8.0,
     schedule: str = "cosine",
     inversion_epochs: int = 80,
     enough: float = 0.99,
@@ -40,8 +41,8 @@ def check(
     **others,
 ) -> None:
     """Raises `UserError` on settings that `purify` cannot use."""
-    if not 0 < share <= 1 or epochs < 1 or limit <= 0:
-        raise UserError("nc needs share within 0..1, at least one epoch and a positive limit")
+    if not 0 < share <= 1 or epochs < 1 or limit <= 0 or memory < 0:
+        raise UserError("nc needs share within 0..1, at least one epoch, a positive limit and memory of at least 0")
     train.learning_rate_schedule(schedule, 1.0, 1)  # refuses an unknown name
     check_search(inversion_epochs, enough, patience, stop_after)
 
@@ -60,6 +61,7 @@ def purify(
     enough: float = 0.99,
     patience: int = 5,
     stop_after: int = 25,
+    memory: float = 8.0,
     limit: float = 2.0,
     share: float = 0.2,
     epochs: int = 20,
@@ -73,7 +75,8 @@ def purify(
     """Inverts a trigger for every class, flags those with an anomaly index above `limit`, fine-tunes on their triggers.
 
     Args:
-      enough, patience, stop_after: see `inversion.invert`. limit: of the anomaly index (the paper: 2).
+      enough, patience, stop_after: see `inversion.together`. memory: see `inversion.invert`.
+      limit: of the anomaly index (the paper: 2).
       share: of the clean images that carry flagged triggers, true labels kept (0.2). The rest is fine-tuning.
 
     `told` holds the classes flagged, the largest index and its class; `evidence` masks and patterns of all classes.
@@ -85,6 +88,7 @@ def purify(
         share=share,
         epochs=epochs,
         limit=limit,
+        memory=memory,
         schedule=schedule,
         inversion_epochs=inversion_epochs,
         **searching,
@@ -97,6 +101,7 @@ def purify(
         epochs=inversion_epochs,
         batch_size=batch_size,
         learning_rate=inversion_rate,
+        memory=memory,
         **searching,
         padding=padding,
         flip=flip,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from bibau_jax import keys, npz, parallel, progress, records, train
+from bibau_jax import keys, npz, parallel, progress, records
 from bibau_jax.data import ImageSet, splits
 from bibau_jax.defenses import inversion
 from bibau_jax.errors import UserError
@@ -88,49 +88,13 @@ def searched(
     *,
     images: int = 500,
     memory: float = 4.0,
-    classes: tuple[int, ...] = (),
-    also: tuple[dict, ...] = (),
-    batch_size: int = 256,
-    journal: train.Journal = train.Journal(),
     **search,
 ) -> inversion.Triggers:
-    """Triggers inverted on `images` of the clean ones, at least one of each class; the rest: see `inversion.invert`.
-
-    Every class takes a batch through the network, so all are searched at once only where that takes about `memory` GiB at most.
-    """
+    """Triggers inverted on `images` of the clean ones, at least one of each class; the rest: see `inversion.invert`."""
     chosen = splits.some_of(clean, max(images, classifier.num_classes))
-    classes = classes or tuple(range(classifier.num_classes))
-    each = min(batch_size, len(chosen)) * (1 + len(also)) * activations(classifier, variables)
-    count = min(len(classes), max(1, int(memory * 2**30 / each)))
-    found, parts = [], []
-    for first in range(0, len(classes), count):
-        given = (keys.stream(key, "group", first) if first else key, classifier, variables, chosen)
-        part = journal.part(f"from_{first}") if first else journal
-        options = {"classes": classes[first : first + count], "also": also, "batch_size": batch_size, "journal": part}
-        options |= {"least": inversion.FIRST_WEIGHT}  # in few epochs a weight that was lowered far would not come back
-        found.append(inversion.invert(*given, **options, **search)[0])
-        parts.append(part)
-    for part in parts[1:]:
-        if part.keeper is not None:
-            part.keeper.clear()
-    return inversion.Triggers(*map(np.concatenate, zip(*found, strict=True)))
-
-
-def activations(classifier: Classifier, variables) -> int:
-    """Bytes that a gradient keeps of one image: three times what convolutions and matrix products give, so rather too many."""
-
-    def given(jaxpr) -> int:
-        total = 0
-        for line in jaxpr.eqns:
-            if line.primitive.name in ("conv_general_dilated", "dot_general"):
-                total += sum(out.aval.size * out.aval.dtype.itemsize for out in line.outvars)
-            inner = [getattr(value, "jaxpr", value) for value in line.params.values()]
-            total += sum(given(one) for one in inner if hasattr(one, "eqns"))
-        return total
-
-    image = jax.ShapeDtypeStruct((1, *classifier.image_shape), np.float32)
-    traced = jax.make_jaxpr(lambda variables, image: classifier.apply(variables, image).logits)(variables, image)
-    return 3 * given(traced.jaxpr)
+    # In few epochs a weight that was lowered far would not come back.
+    given = (key, classifier, variables, chosen)
+    return inversion.invert(*given, memory=memory, least=inversion.FIRST_WEIGHT, **search)[0]
 
 
 def search_of(this: Run) -> dict[str, Any]:
