@@ -1,0 +1,46 @@
+"""Settings of the other defences for two CPU cores: candidates of each, on validation images of BadNets, seed 100.
+
+python -m bibau_jax.grid --grid=configs/grids/selection_defences_cpu.py --workdir=runs/selection_softened_cpu --jobs=2
+
+Their authors' settings are for 2,500 images, wide layers and many hundred steps. It takes the backdoored model of
+configs/grids/selection_softened_cpu.py. No result uses this seed or these images.
+"""
+
+from pathlib import Path
+
+from bibau_jax import grid
+
+# Fewer rounds, shorter, at higher rates; the generator of half the width.
+REVERSED = {
+    "rounds": 3,
+    "pretrain_epochs": 20,
+    "mask_epochs": 10,
+    "generator_epochs": 15,
+    "epochs": 10,
+    "width": 16,
+    "batch_size": 64,
+}
+CANDIDATES = {
+    "nc": {"": {}, "enough95": {"enough": 0.95}, "epochs30": {"inversion_epochs": 30}},
+    "sau": {"e10_1e3": {"epochs": 10, "learning_rate": 1e-3}, "e20_5e4": {"epochs": 20, "learning_rate": 5e-4}},
+    "nad": {"": {}, "rate05": {"teacher_rate": 0.05}},
+    "bti_dbf": {"1e3": REVERSED | {"learning_rate": 1e-3}, "3e4": REVERSED | {"learning_rate": 3e-4}},
+    "pam": {"": REVERSED, "rho1": REVERSED | {"rho": 1.0}},
+    "anp": {"": {}, "eps04": {"epsilon": 0.4}, "it600": {"iterations": 600}},
+    "rnp": {"": {}, "rate02": {"recover_rate": 0.2}, "to02": {"unlearned": 0.2}},
+    "i_bau": {"": {}},
+    "clp": {"": {}, "u3": {"u": 3.0}},
+    "bnp": {"": {}},
+    "ep": {"": {}},
+}
+
+
+def get_grid():
+    """Every defence with every candidate, measured on held-out images alone and not called back."""
+    theirs = grid.read(str(Path(__file__).with_name("selection_softened_cpu.py")))
+    changes = {
+        "_".join(filter(None, (name, suffix))): {"name": name} | {f"{name}.{key}": value for key, value in settings.items()}
+        for name, candidates in CANDIDATES.items()
+        for suffix, settings in candidates.items()
+    }
+    return grid.variants(theirs, ["badnets_100"], grid.alone(changes), {"reactivate.checks": ""})
