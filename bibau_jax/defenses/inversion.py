@@ -196,8 +196,10 @@ def invert(
     Every class takes a batch through the network. The history is that of one group after the other.
     """
     classes = classes or tuple(range(classifier.num_classes))
-    each = min(batch_size, len(clean)) * (1 + len(also)) * activations(classifier, variables)
-    count = max(1, int(memory * 2**30 / each)) if memory else len(classes)
+    count = len(classes)
+    if memory:
+        each = min(batch_size, len(clean)) * (1 + len(also)) * activations(classifier, variables)
+        count = max(1, int(memory * 2**30 / each))
     found, history, parts = [], [], []
     for first in range(0, len(classes), count):
         given = (keys.stream(key, "group", first) if first else key, classifier, variables, clean)

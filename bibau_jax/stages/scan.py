@@ -92,9 +92,9 @@ def searched(
 ) -> inversion.Triggers:
     """Triggers inverted on `images` of the clean ones, at least one of each class; the rest: see `inversion.invert`."""
     chosen = splits.some_of(clean, max(images, classifier.num_classes))
-    # In few epochs a weight that was lowered far would not come back.
     given = (key, classifier, variables, chosen)
-    return inversion.invert(*given, memory=memory, least=inversion.FIRST_WEIGHT, **search)[0]
+    least = inversion.FIRST_WEIGHT  # in few epochs a weight that was lowered far would not come back
+    return inversion.invert(*given, memory=memory, least=least, **search)[0]
 
 
 def search_of(this: Run) -> dict[str, Any]:
