@@ -3,15 +3,15 @@
 python -m bibau_jax.grid --grid=configs/grids/selection_vgg_cpu.py --workdir=runs/selection_vgg_cpu --jobs=2
 
 A white square of 4 x 4 is up to 12,000 grey levels in L1, and what configs/grids/selection_norm_cpu.py chose by was a network
-that answers to parts of it. This one, of another kind, sees every place by weights of its own. No result uses this seed or these
-images.
+that answers to parts of it. This one, of another kind, sees every place by weights of its own. No result uses this seed or
+these images.
 """
 
 from bibau_jax import grid
 
 SEED = 100
 SETTINGS = {
-    "model.file": "examples/small_vgg.py",
+    "implant.epochs": 6,
     "data.padding": 0,
     "data.flip": False,
     "attack.badnets.variant": "square",
@@ -52,4 +52,4 @@ VARIANTS = {
 
 def get_grid():
     """BI-BAU (U) and fine-tuning with the settings of configs/own_model.py, then Base AT and BI-BAU (U) further out."""
-    return grid.runs("configs/cifar10_cpu.py", {"badnets": (SEED,)}, SETTINGS, grid.alone(VARIANTS))
+    return grid.runs("configs/cifar10_vgg_cpu.py", {"badnets": (SEED,)}, SETTINGS, grid.alone(VARIANTS))
