@@ -216,6 +216,7 @@ def defense() -> ConfigDict:
     config.pgd.step_size = 2.0
     config.pgd.steps = 20
     config.pgd.start = "zero"  # or random
+    config.pgd.block = 1  # above 1, every second image is moved in squares of so many pixels a side, so many times as far
     config.pgd.fooled = 0.0  # share of clean images that must fool the suspicious model, bound and step growing until they do
     config.lambda_kd = 1.0  # lambda_1, the distillation term of the E-step (A)
     config.lambda_prior = 1.0  # lambda_2, the backdoor-feature prior of the E-step (B)

@@ -275,6 +275,7 @@ def test_an_unknown_schedule_is_refused(name, backdoored):
         ({"pgd": Perturbation(step_size=-1.0)}, "pgd.epsilon and pgd.step_size must be positive"),
         ({"pgd": Perturbation(steps=-1)}, "pgd.steps at least 0"),
         ({"pgd": Perturbation(fooled=1.5)}, "pgd.fooled must lie within 0..1"),
+        ({"pgd": Perturbation(block=0)}, "pgd.block must be at least 1"),
         ({"iewc_cap": 0.0}, "iewc_cap and temperature must be positive"),
         ({"eta": 1.5}, "eta, alpha and softened must lie within 0..1"),
     ],

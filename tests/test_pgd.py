@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bibau_jax import parallel
 from bibau_jax.method import pgd
 
 RNG = np.random.default_rng(0)
@@ -12,6 +13,7 @@ IMAGES = RNG.uniform(0, 255, (5, 8, 10, 3)).astype(np.float32)
 IMAGES[0, 0] = 0.0  # at the edges of the pixel range already
 IMAGES[1, 1] = 255.0
 PEAK = RNG.uniform(-100, 355, IMAGES.shape).astype(np.float32)
+PULL = RNG.normal(size=(4, 12, 12, 3)).astype(np.float32)
 NORMS = pytest.mark.parametrize("norm", pgd.NORMS)
 STARTS = pytest.mark.parametrize("start", [None, "random"])
 EPSILON = {"l2": 60.0, "linf": 20.0, "l1": 300.0}
@@ -171,3 +173,47 @@ def test_a_step_in_l1_moves_few_values_as_far_as_they_may_and_then_more(size, co
 def test_a_step_has_its_length_in_its_norm(norm):
     slopes = RNG.normal(0, 1e-4, IMAGES.shape).astype(np.float32)
     np.testing.assert_allclose(length(np.asarray(pgd.ascent_step(slopes, norm, 5.0)), norm), 5.0, rtol=1e-5)
+
+
+# --- in squares
+
+
+def test_a_slope_by_blocks_is_the_mean_over_each_square():
+    slope, block, offset = RNG.normal(size=(2, 7, 9, 3)).astype(np.float32), 3, np.array([2, 1])
+    found = np.asarray(pgd.by_blocks(jnp.asarray(slope), block, jnp.asarray(offset)))
+    squares = {}
+    for y, x in np.ndindex(7, 9):
+        squares.setdefault(((y + 2) // 3, (x + 1) // 3), []).append((y, x))
+    assert sorted(map(len, squares.values()))[0] < 9 == max(map(len, squares.values()))
+    for places in squares.values():
+        rows, columns = np.array(places).T
+        mean = slope[:, rows, columns].astype(np.float64).mean(1, keepdims=True)
+        np.testing.assert_allclose(found[:, rows, columns], np.broadcast_to(mean, found[:, rows, columns].shape), atol=1e-6)
+
+
+@NORMS
+def test_every_second_image_is_moved_in_squares_within_as_many_times_the_bound(norm):
+    grey = np.full((4, 12, 12, 3), 128.0, np.float32)
+
+    options = {"images": grey, "fn": lambda images: jnp.asarray(PULL), "steps": 2}
+    found = attack(norm, block=4, offset=jnp.array([3, 0]), **options) - grey
+    alone = attack(norm, **options) - grey
+    np.testing.assert_allclose(found[::2], alone[::2], atol=1e-4)
+    moved = found[1::2]
+    assert (length(moved, norm) <= 4 * EPSILON[norm] * (1 + 1e-5)).all() and (length(moved, norm) > EPSILON[norm]).all()
+    for first in (1, 5):  # whole squares begin in rows 1, 5 and columns 0, 4, 8
+        squares = moved[:, first : first + 4].reshape(2, 4, 3, 4, 3)
+        np.testing.assert_allclose(squares, np.broadcast_to(squares[:, :1, :, :1], squares.shape), atol=1e-3)
+    assert np.ptp(moved, axis=(1, 2, 3)).min() > 1
+
+
+def test_squares_on_one_device_are_those_of_eight():
+    images = np.concatenate([IMAGES, IMAGES[:3]])
+    given = {"norm": "l1", "epsilon": 300.0, "step_size": 110.0, "steps": 2, "block": 3, "offset": jnp.array([1, 2])}
+
+    def found(count):
+        with parallel.on_devices(count):
+            run = jax.jit(lambda x: pgd.adversarial_images(lambda at: PEAK.mean() - at, parallel.shard(x), **given))
+            return parallel.gather(run(parallel.replicate(images)))
+
+    np.testing.assert_allclose(found(8), found(1), atol=1e-4)

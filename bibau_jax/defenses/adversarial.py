@@ -111,6 +111,8 @@ def e_step(images, labels, variables, backdoored, key, *, classifier, target, we
         step_size=perturbation.step_size,
         steps=perturbation.steps,
         start=start,
+        block=perturbation.block,
+        offset=jax.random.randint(keys.stream(key, "squares"), (2,), 0, perturbation.block),
         unroll=parallel.unroll(perturbation.steps),
     )
     if target is not None:

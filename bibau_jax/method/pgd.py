@@ -11,8 +11,8 @@ MOVED = 0.01  # share of an image's values that one step of "l1" moves at least
 FARTHEST = 64.0  # grey levels that it moves a value at most, as long as others can move
 
 
-def ascent_step(gradient: jax.Array, norm: str, size: float) -> jax.Array:
-    """A step of length `size` in `norm`, per image, along which the objective rises.
+def ascent_step(gradient: jax.Array, norm: str, size: float | jax.Array) -> jax.Array:
+    """A step of length `size` (of all images, or [N, 1, 1, 1]) in `norm`, per image, along which the objective rises.
 
     The steepest for "linf" (the sign) and "l2" (the normalised gradient). For "l1" the steepest moves one value; here those
     with the steepest slopes move by the same amount each, the share MOVED of them (Tramer & Boneh, "Adversarial Training and
@@ -24,14 +24,31 @@ def ascent_step(gradient: jax.Array, norm: str, size: float) -> jax.Array:
         return size * gradient / jnp.maximum(_length(gradient), TINY)
     slopes = jnp.abs(gradient.reshape(len(gradient), -1))
     values = slopes.shape[1]
-    count = jnp.clip(jnp.ceil(size / FARTHEST), max(1, round(MOVED * values)), values).astype(int)
-    least = jnp.take(jnp.sort(slopes, -1, descending=True), count - 1, axis=-1)[:, None]
+    each = jnp.broadcast_to(size, (len(gradient), 1, 1, 1))[..., 0, 0]
+    count = jnp.clip(jnp.ceil(each / FARTHEST), max(1, round(MOVED * values)), values).astype(int)
+    least = jnp.take_along_axis(jnp.sort(slopes, -1, descending=True), count - 1, axis=-1)
     moved = jnp.sign(gradient) * ((slopes >= least) & (slopes > 0)).reshape(gradient.shape)
     return size * moved / jnp.maximum(_total(moved), 1.0)
 
 
-def project(perturbation: jax.Array, epsilon: float, norm: str) -> jax.Array:
-    """The nearest perturbation [N, H, W, C] whose `norm` is at most `epsilon` (pixels 0..255), per image."""
+def by_blocks(gradient: jax.Array, block: int, offset: jax.Array) -> jax.Array:
+    """Of every value the mean over its channel in its square of `block` x `block` pixels; [N, H, W, C].
+
+    The squares lie side by side, moved up and to the left by `offset` [2], 0..block - 1; those at the border are smaller.
+    """
+
+    def shares(length: int, first) -> jax.Array:  # [pixels, squares]: which lies in which
+        return jax.nn.one_hot((jnp.arange(length) + first) // block, length // block + 2)
+
+    _, height, width, _ = gradient.shape
+    rows, columns = shares(height, offset[0]), shares(width, offset[1])
+    sums = jnp.einsum("nhwc,hi,wj->nijc", gradient, rows, columns)
+    means = sums / jnp.maximum(rows.sum(0)[:, None] * columns.sum(0), 1.0)[..., None]
+    return jnp.einsum("nijc,hi,wj->nhwc", means, rows, columns)
+
+
+def project(perturbation: jax.Array, epsilon: float | jax.Array, norm: str) -> jax.Array:
+    """The nearest perturbation [N, H, W, C] whose `norm` is at most `epsilon` (pixels 0..255; or [N, 1, 1, 1]), per image."""
     if norm == "linf":
         return jnp.clip(perturbation, -epsilon, epsilon)
     if norm == "l1":
@@ -48,6 +65,8 @@ def adversarial_images(
     step_size: float,
     steps: int,
     start: jax.Array | None = None,
+    block: int = 1,
+    offset: jax.Array | None = None,
     unroll: int = 1,
 ) -> jax.Array:
     """Images x' = x + delta after `steps` ascent steps, with ||delta|| <= epsilon and x' in 0..255.
@@ -57,8 +76,15 @@ def adversarial_images(
       images: x, float32 in 0..255; epsilon and step_size are in the same units.
       norm: "l2", "linf" or "l1". The paper gives bound 25 and step 2.0 on this scale; the norm is lost in its text.
       start: first perturbation, e.g. a random one; zero where None. It is projected first.
+      block: above 1, every second image is moved in squares of so many pixels a side, all pixels of one alike in each channel,
+        with bound and step times `block`; `offset` [2] is where squares begin, see `by_blocks` (ours: values that move one
+        by one do not come near a patch of one colour).
       unroll: how many steps of the scan to lay out; all of them on the CPU, where rolled convolution gradients are slow.
     """
+
+    if block > 1:
+        in_blocks = (jnp.arange(len(images)) % 2 == 1)[:, None, None, None]
+        epsilon, step_size = (jnp.where(in_blocks, block * value, value) for value in (epsilon, step_size))
 
     def keep(perturbation):
         # Clipping to the pixel range only shrinks coordinates, so the result stays inside the ball.
@@ -69,6 +95,8 @@ def adversarial_images(
         slope = gradient(at)
         if norm == "l1":  # the few values that a step moves shall be such as can move
             slope = jnp.where(jnp.where(slope > 0, at < 254.5, at > 0.5), slope, 0.0)
+        if block > 1:
+            slope = jnp.where(in_blocks, by_blocks(slope, block, offset), slope)
         return keep(perturbation + ascent_step(slope, norm, step_size)), None
 
     first = jnp.zeros_like(images) if start is None else keep(start)
@@ -97,11 +125,11 @@ def _total(images: jax.Array) -> jax.Array:
     return jnp.sum(jnp.abs(images), axis=(1, 2, 3), keepdims=True)
 
 
-def _excess(perturbation: jax.Array, epsilon: float) -> jax.Array:
+def _excess(perturbation: jax.Array, epsilon: float | jax.Array) -> jax.Array:
     """What every value must come nearer to zero by for the nearest point of the L1 ball (Duchi et al., ICML 2008, figure 1)."""
     sizes = jnp.sort(jnp.abs(perturbation.reshape(len(perturbation), -1)), -1, descending=True)
     counts = jnp.arange(1, sizes.shape[1] + 1)
-    by_count = (jnp.cumsum(sizes, -1) - epsilon) / counts
+    by_count = (jnp.cumsum(sizes, -1) - jnp.reshape(epsilon, (-1, 1))) / counts
     kept = jnp.sum(sizes > by_count, -1, keepdims=True)
     found = jnp.take_along_axis(by_count, jnp.maximum(kept - 1, 0), -1)
     return jnp.maximum(found, 0.0)[:, :, None, None]

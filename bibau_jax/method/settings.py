@@ -17,7 +17,8 @@ class Perturbation(NamedTuple):
 
     `start` is "zero" or "random". The paper states 20 steps of 2.0 within 25.0; its norm is lost, and "l2" is our reading.
     `fooled` above 0 is the share of clean images, 0..1, that must fool the suspicious model within the bound: bound and step
-    grow by one factor until they do, see `defenses.adversarial.sufficient` (ours; 0 keeps them).
+    grow by one factor until they do, see `defenses.adversarial.sufficient` (ours; 0 keeps them). `block` above 1 moves every
+    second image in squares of so many pixels a side, see `pgd.adversarial_images` (ours).
     """
 
     norm: str = "l2"
@@ -26,6 +27,7 @@ class Perturbation(NamedTuple):
     steps: int = 20
     start: str = "zero"
     fooled: float = 0.0
+    block: int = 1
 
 
 class Weights(NamedTuple):
@@ -106,6 +108,8 @@ def check(
         raise UserError("pgd.epsilon and pgd.step_size must be positive, pgd.steps at least 0")
     if not 0 <= pgd.fooled <= 1:
         raise UserError("pgd.fooled must lie within 0..1")
+    if pgd.block < 1:
+        raise UserError("pgd.block must be at least 1")
     if iewc_cap <= 0 or temperature <= 0:
         raise UserError("iewc_cap and temperature must be positive")
     if not 0 <= eta <= 1 or not 0 <= alpha <= 1 or not 0 <= softened <= 1:
