@@ -41,6 +41,8 @@ def within(epsilon, **more):
 AT = {"name": "base_at"}
 VARIANTS = {
     "at": AT,
+    "at_block4": AT | {"pgd.block": 4},
+    "block4": {"pgd.block": 4},
     "at_6000": AT | within(6000.0),
     "at_12000": AT | within(12000.0),
     "6000": within(6000.0),
@@ -51,5 +53,5 @@ VARIANTS = {
 
 
 def get_grid():
-    """BI-BAU (U) and fine-tuning with the settings of configs/own_model.py, then Base AT and BI-BAU (U) further out."""
+    """BI-BAU (U) and fine-tuning with the settings of configs/own_model.py, then Base AT and BI-BAU (U) in squares and further out."""
     return grid.runs("configs/cifar10_vgg_cpu.py", {"badnets": (SEED,)}, SETTINGS, grid.alone(VARIANTS))
