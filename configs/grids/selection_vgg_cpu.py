@@ -53,5 +53,5 @@ VARIANTS = {
 
 
 def get_grid():
-    """BI-BAU (U) and fine-tuning with the settings of configs/own_model.py, then Base AT and BI-BAU (U) in squares and further out."""
+    """BI-BAU (U) and fine-tuning with the settings of configs/own_model.py, then variants in squares and further out."""
     return grid.runs("configs/cifar10_vgg_cpu.py", {"badnets": (SEED,)}, SETTINGS, grid.alone(VARIANTS))
