@@ -60,7 +60,7 @@ QUICK_OF = {
     "pam": {"rounds": 2, "pretrain_epochs": 10, "mask_epochs": 10, "generator_epochs": 15, "width": 8},
 }
 QUICK_OF["bti_dbf"] |= {"learning_rate": 5e-3, "share": 0.5, "epochs": 10}
-QUICK_OF["pam"] |= {"learning_rate": 0.1, "share": 0.5, "rho": 0.1}
+QUICK_OF["pam"] |= {"learning_rate": 0.1, "momentum": 0.5, "share": 0.5, "rho": 0.1}
 # Reversed images of digits are taken for another class than the attacker's: unlearning them weakens the backdoor and no more.
 LEFT = {name: 0.35 for name in LONG} | {"bti_dbf": 0.6, "pam": 0.6}
 
