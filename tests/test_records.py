@@ -16,6 +16,8 @@ import pytest
 from bibau_jax import records
 from bibau_jax.errors import UserError
 from bibau_jax.records import Measurement, Rate, Record, Scalars, StageCost
+from bibau_jax.workdir import differences
+from configs import base
 
 
 def record() -> Record:
@@ -243,3 +245,11 @@ def test_versions_and_device_go_into_a_record(tmp_path):
 def test_reading_records_loads_neither_jax_nor_flax_nor_orbax():
     code = "import sys, bibau_jax.records; sys.exit(any(m in sys.modules for m in ('jax', 'flax', 'orbax', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_setting_that_came_later_stands_for_what_was_done_without_it():
+    older, now = base.get_config().to_dict(), base.get_config().to_dict()
+    del older["defense"]["pgd"]["block"], older["defense"]["nc"]["memory"]
+    assert differences(older, now) == []
+    now["defense"]["pgd"]["block"] = 4
+    assert differences(older, now) == ["defense.pgd.block: None -> 4"]

@@ -206,8 +206,10 @@ def invert(
         part = journal.part(f"from_{first}") if first else journal
         options = {"classes": classes[first : first + count], "also": also, "batch_size": batch_size, "journal": part}
         triggers, told = together(*given, **options, **search)
-        found, history, parts = [*found, triggers], history + told, [*parts, part]
-    for part in parts[1:]:
+        found.append(triggers)
+        history += told
+        parts += [part] if first else []
+    for part in parts:
         if part.keeper is not None:
             part.keeper.clear()
     return Triggers(*map(np.concatenate, zip(*found, strict=True))), history

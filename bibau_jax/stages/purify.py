@@ -15,11 +15,12 @@ UNFIT = "not_applicable.txt"  # in the folder of a defence that cannot treat the
 def run(this: Run, command: str) -> None:
     """Runs the main defence and those beside it, each on the backdoored model and the defender's clean images."""
     variables, _, _ = load_model(this, "implant")
+    left_out = unfit(this)
     for row in this.rows:
         stage = f"purify/{row}"
         if is_done(this, stage, command):
             continue
-        if row in unfit(this):
+        if row in left_out:
             progress.say(f"{stage}: not applicable", show=parallel.is_lead())
             continue
         clock, guard = limits.Clock(this.config["defense"]["max_seconds"]), _guard(this, stage, variables)
