@@ -217,6 +217,7 @@ def defense() -> ConfigDict:
     config.pgd.steps = 20
     config.pgd.start = "zero"  # or random
     config.pgd.block = 1  # above 1, every second image is moved in squares of so many pixels a side, so many times as far
+    config.pgd.aimed = 0.0  # target unknown: share of images, 0 to 1, that are to look like one class each, any but their own
     config.pgd.fooled = 0.0  # share of clean images that must fool the suspicious model, bound and step growing until they do
     config.lambda_kd = 1.0  # lambda_1, the distillation term of the E-step (A)
     config.lambda_prior = 1.0  # lambda_2, the backdoor-feature prior of the E-step (B)
@@ -227,7 +228,7 @@ def defense() -> ConfigDict:
     config.eta = 0.5  # share of the clean feature that the prior takes off, 0..1
     config.prior_form = "cosine"  # or inner
     config.balance = 0.0  # above 0: both models' gradients of the E-step at length 1, the purified one's times this
-    config.softened = 0.0  # share of the M-step's labels that is the suspicious model's answer to the clean image
+    config.softened = 0.5  # share of the M-step's labels that is the suspicious model's answer to x; the paper's form: 0
     config.attack_form = "cross_entropy"  # in the E-step; or margin, which does not vanish where the model is sure of itself
     config.iewc_cap = 100.0  # c: the inverse penalty wakes when its quadratic form passes 1/c
     config.iewc_form = "clip"  # the paper's; or neg_log, hinge

@@ -26,8 +26,6 @@ def get_config():
     # Awake from the first step and never steep: clip(1/Q) throws a network that was trained long far off as it wakes.
     config.defense.iewc_form = "neg_log"
     config.defense.lambda_iewc = 1.0
-    # What the suspicious model makes of clean images can be trusted: half of what is taught, and more accuracy is kept.
-    config.defense.softened = 0.5
     config.defense.epochs = 12
     config.defense.batch_size = 64
     config.defense.learning_rate = 0.03

@@ -162,7 +162,7 @@ def test_bound_and_step_grow_together_until_enough_images_fool_the_suspicious_mo
 def test_a_purification_takes_the_bound_that_it_found_and_tells_it(backdoored):
     small = L2._replace(epsilon=20.0, step_size=6.0, fooled=0.9)
     given = (keys.root(0), backdoored.classifier, backdoored.variables, backdoored.clean.take(slice(0, 60)))
-    options = {"epochs": 1, "batch_size": 16, "padding": 1, "flip": False}
+    options = {"epochs": 1, "batch_size": 16, "padding": 1, "flip": False, "ablation": "base_at"}
     made = bibau.purify(*given, pgd=small, **options)
     bound = made.told["perturbation"]["epsilon"]
     again = bibau.purify(*given, pgd=small._replace(epsilon=bound, step_size=0.3 * bound, fooled=0.0), **options)

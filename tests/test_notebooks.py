@@ -108,7 +108,10 @@ def run_through(twin, folder, **environment) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("twin", TWINS, ids=NAMES)
+FIRST, *FURTHER = TWINS  # the further ones take half a minute each even so
+
+
+@pytest.mark.parametrize("twin", [FIRST, *(pytest.param(twin, marks=pytest.mark.slow) for twin in FURTHER)], ids=NAMES)
 def test_a_notebook_runs_top_to_bottom_at_a_fraction_of_its_size(twin, compiled, tmp_path):
     # One device: where tests share the cores, devices wait for each other in vain.
     quick = {"BIBAU_QUICK": "1", "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": HASTE}

@@ -20,14 +20,18 @@ from bibau_jax.models import Classifier
 TRIED = 256  # clean images that a bound on perturbations is tried on
 FACTORS = [2.0 ** (half / 2) for half in range(13)]  # that it is tried with
 
+AWAY = -1  # instead of a class: away from the image's own, wherever to
+Target = int | jax.Array | None  # a class that all images are to look like, one for each [N] or AWAY, or none
+
 
 def adversarial_objective(
-    adversarial, clean, labels, variables, backdoored, *, classifier: Classifier, target: int | None, weights: Weights
+    adversarial, clean, labels, variables, backdoored, *, classifier: Classifier, target: Target, weights: Weights
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """L_adv per image (Eq. 22 with a `target`, Eq. 27 without) and its parts; all models in evaluation mode.
 
     Args:
       adversarial: x' [N, H, W, C]. clean: what does not change with x', from `clean_references`. labels: y [N].
+      target: a class, None, or for every image one of its own, see `aims`.
     """
     suspicious = classifier.apply(backdoored, adversarial).logits
     objective, fooled = fooling(suspicious, labels, target=target, form=weights.attack_form)
@@ -39,18 +43,25 @@ def adversarial_objective(
     return objective, parts
 
 
-def fooling(suspicious, labels, *, target: int | None, form: str) -> tuple[jax.Array, jax.Array]:
+def fooling(suspicious, labels, *, target: Target, form: str) -> tuple[jax.Array, jax.Array]:
     """How much the backdoored model's logits [N, K] speak for the attack, per image, and whether it is taken in."""
-    if target is None:
-        return -terms.evidence(suspicious, labels, form=form), jnp.argmax(suspicious, -1) != labels
-    return terms.evidence(suspicious, jnp.full_like(labels, target), form=form), jnp.argmax(suspicious, -1) == target
+    seen, target = jnp.argmax(suspicious, -1), AWAY if target is None else target
+    away, towards = (terms.evidence(suspicious, jnp.broadcast_to(y, labels.shape), form=form) for y in (labels, target))
+    return jnp.where(target == AWAY, -away, towards), jnp.where(target == AWAY, seen != labels, seen == target)
 
 
-def heading(suspicious, labels, target: int | None) -> jax.Array:
+def heading(suspicious, labels, target: Target) -> jax.Array:
     """The class that x' is heading for, [N]; without gradient."""
-    if target is None:
-        return terms.other_class(jax.lax.stop_gradient(suspicious), labels)
-    return jnp.full_like(labels, target)
+    target = AWAY if target is None else target
+    return jnp.where(target == AWAY, terms.other_class(jax.lax.stop_gradient(suspicious), labels), target)
+
+
+def aims(labels, key, *, num_classes: int, share: float) -> jax.Array:
+    """For every image [N] the class that it is to look like: AWAY from its own, and for a `share` of them any one other."""
+    places = jnp.arange(len(labels))
+    aimed = jnp.floor((places + 1) * share) > jnp.floor(places * share)
+    other = (labels + jax.random.randint(key, labels.shape, 1, num_classes)) % num_classes
+    return jnp.where(aimed, other, AWAY)
 
 
 def keeping(adversarial, towards, clean, labels, variables, *, classifier: Classifier, weights: Weights):
@@ -67,7 +78,7 @@ def keeping(adversarial, towards, clean, labels, variables, *, classifier: Class
 
 
 def balanced_gradient(
-    adversarial, clean, labels, variables, backdoored, *, classifier: Classifier, target: int | None, weights: Weights
+    adversarial, clean, labels, variables, backdoored, *, classifier: Classifier, target: Target, weights: Weights
 ) -> jax.Array:
     """Both models' gradients of L_adv with respect to x', each at length 1 per image; the current one's times the balance.
 
@@ -91,7 +102,10 @@ def clean_references(images, variables, backdoored, *, classifier: Classifier, w
 
 def e_step(images, labels, variables, backdoored, key, *, classifier, target, weights, perturbation: Perturbation):
     """Adversarial images x' [N, H, W, C] for clean ones in 0..255; images of the target class stay as they are."""
-    shared = {"classifier": classifier, "target": target, "weights": weights}
+    towards = target
+    if target is None and perturbation.aimed:
+        towards = aims(labels, keys.stream(key, "aims"), num_classes=classifier.num_classes, share=perturbation.aimed)
+    shared = {"classifier": classifier, "target": towards, "weights": weights}
     clean = clean_references(images, variables, backdoored, classifier=classifier, weights=weights)
 
     def gradient(adversarial):
@@ -148,11 +162,12 @@ def sufficient(
     rows = splits.some_of(clean, max(TRIED, classifier.num_classes))
     rows = rows.take(np.flatnonzero(rows.labels != target))
     alone, form, key = weights._replace(kd=0.0, prior=0.0), weights.attack_form, keys.stream(key, "sufficient")
+    anywhere = perturbation._replace(aimed=0.0)  # to be taken for one class and no other is a longer way
 
     @jax.jit
     def taken_in(backdoored, factor, images, labels, key):
         images = parallel.shard(images.astype(jnp.float32))
-        larger = _times(perturbation, factor)
+        larger = _times(anywhere, factor)
         given = {"classifier": classifier, "target": target, "weights": alone, "perturbation": larger}
         adversarial = e_step(images, labels, backdoored, backdoored, key, **given)
         return fooling(classifier.apply(backdoored, adversarial).logits, labels, target=target, form=form)[1]

@@ -18,7 +18,9 @@ class Perturbation(NamedTuple):
     `start` is "zero" or "random". The paper states 20 steps of 2.0 within 25.0; its norm is lost, and "l2" is our reading.
     `fooled` above 0 is the share of clean images, 0..1, that must fool the suspicious model within the bound: bound and step
     grow by one factor until they do, see `defenses.adversarial.sufficient` (ours; 0 keeps them). `block` above 1 moves every
-    second image in squares of so many pixels a side, see `pgd.adversarial_images` (ours).
+    second image in squares of so many pixels a side, see `pgd.adversarial_images` (ours). `aimed` is the share of images, 0..1,
+    that with the target unknown are to look like one class each, drawn anew from all the others (ours; the rest, as in the
+    paper, like any class but their own).
     """
 
     norm: str = "l2"
@@ -28,6 +30,7 @@ class Perturbation(NamedTuple):
     start: str = "zero"
     fooled: float = 0.0
     block: int = 1
+    aimed: float = 0.0
 
 
 class Weights(NamedTuple):
@@ -87,7 +90,7 @@ def check(
     iewc_form: str = "clip",
     attack_form: str = "cross_entropy",
     balance: float = 0.0,
-    softened: float = 0.0,
+    softened: float = 0.5,
     unlearning_labels: str = "predicted",
     fisher_refresh: str = "epoch",
     fisher_chunk: int = 32,
@@ -108,6 +111,8 @@ def check(
         raise UserError("pgd.epsilon and pgd.step_size must be positive, pgd.steps at least 0")
     if not 0 <= pgd.fooled <= 1:
         raise UserError("pgd.fooled must lie within 0..1")
+    if not 0 <= pgd.aimed <= 1:
+        raise UserError("pgd.aimed must lie within 0..1")
     if pgd.block < 1:
         raise UserError("pgd.block must be at least 1")
     if iewc_cap <= 0 or temperature <= 0:

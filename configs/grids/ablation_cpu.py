@@ -10,7 +10,7 @@ from bibau_jax import grid
 A, B = {"ablation": "+A"}, {"ablation": "+B"}
 ABLATIONS = {"a": A, "b": B}
 # Without A, Base AT at twice the paper's bound leaves little for B to do; within the paper's bound it leaves the backdoor.
-PAPERS = {"pgd.epsilon": 25.0, "pgd.step_size": 7.5}
+PAPERS = {"pgd.epsilon": 25.0, "pgd.step_size": 7.5, "softened": 0.0}
 MORE = {
     "ewc": A | {"lambda_kd": 0.0},
     "kd": A | {"lambda_ewc": 0.0},

@@ -32,5 +32,5 @@ VARIANTS = {
 
 def get_grid():
     """The default settings with everything beside them, then BI-BAU (U) alone with one thing changed."""
-    settings = {"measured_on": "validation", "reactivate.checks": "retuning,bec"}
+    settings = {"measured_on": "validation", "reactivate.checks": "retuning,bec", "defense.softened": 0.0}
     return grid.runs("configs/cifar10_cpu.py", {"badnets": (SEED,), "blended": (SEED,)}, settings, grid.alone(VARIANTS))

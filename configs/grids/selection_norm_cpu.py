@@ -33,7 +33,7 @@ VARIANTS = {
 def get_grid():
     """On each backdoored model the settings of our own networks, with fine-tuning and Base AT, and then the variants."""
     settings = SURE | {"measured_on": "validation", "reactivate.checks": "retuning", "implant.clean_twin": "none"}
-    settings |= {"defense.beside": "ft,base_at"}
+    settings |= {"defense.beside": "ft,base_at", "defense.softened": 0.0}
     made, variants = {"badnets": (SEED,)}, grid.alone(VARIANTS)
     squares = [
         job._replace(name=job.name.replace("badnets", "square"), reuse=job.reuse.replace("badnets", "square"))

@@ -30,6 +30,6 @@ VARIANTS = {
 def get_grid():
     """On each backdoored model the default settings, with fine-tuning and Base AT beside them, and then the variants."""
     settings = {"measured_on": "validation", "reactivate.checks": "retuning", "implant.clean_twin": "none"}
-    settings |= {"defense.beside": "ft,base_at"}
+    settings |= {"defense.beside": "ft,base_at", "defense.softened": 0.0}
     attacks = {"badnets": (SEED,), "blended": (SEED,)}
     return grid.runs("configs/cifar10_cpu.py", attacks, settings, grid.alone(VARIANTS))

@@ -22,5 +22,5 @@ VARIANTS = {
 def get_grid():
     """The default settings with fine-tuning and Base AT beside them, then BI-BAU (U) alone with one thing changed."""
     settings = SURE | {"measured_on": "validation", "reactivate.checks": "retuning", "implant.clean_twin": "none"}
-    settings |= {"defense.beside": "ft,base_at"}
+    settings |= {"defense.beside": "ft,base_at", "defense.softened": 0.0}
     return grid.runs("configs/cifar10_cpu.py", {"badnets": (SEED,), "blended": (SEED,)}, settings, grid.alone(VARIANTS))
