@@ -37,7 +37,7 @@ class Model:
 
     def purify(self) -> records.Record:
         """Purifies by `config["defense"]["name"]`, BI-BAU (U) unless set, and by the defences beside it."""
-        return self._run("purify")
+        return self._run("scan,purify")
 
     def verify(self) -> records.Record:
         """Measures every model: clean accuracy, the scan again, triggers as they are and called back; prints the table."""

@@ -165,7 +165,10 @@ class Run:
             given.pop("ablation")  # what makes it Base AT
         given["pgd"] = Perturbation(**section["pgd"])
         if section["target_label"] < 0:
-            given["target_label"] = max(self.scanned_class or 0, 0)  # any will do to look at other settings before the scan
+            suspected = self.scanned_class
+            given["target_label"] = max(suspected or 0, 0)  # any will do to look at other settings before the scan
+            if suspected == -1:
+                given["pgd"] = given["pgd"]._replace(aimed=0.0)
         return {name: value for name, value in given.items() if name in known} | dict(section.get(row, {}))
 
     @property

@@ -208,7 +208,7 @@ def defense() -> ConfigDict:
     config.ibu = ConfigDict({"lambda_clean": 1.0, "lambda_backdoor": 1.0})  # lambda_c, lambda_b; lost in the paper's text
 
     # BI-BAU; base_at shares the perturbation
-    config.target_label = 0  # the class that bibau_t takes for the attacker's
+    config.target_label = 0  # the class that bibau_t takes for the attacker's; below 0: the one that the scan suspects
     config.ablation = "+A+B"  # base_at, +A, +B or +A+B (Table 6)
     config.pgd = ConfigDict()
     config.pgd.norm = "l2"  # or linf, l1 (few values, moved far); lost in the paper's text
@@ -217,7 +217,7 @@ def defense() -> ConfigDict:
     config.pgd.steps = 20
     config.pgd.start = "zero"  # or random
     config.pgd.block = 1  # above 1, every second image is moved in squares of so many pixels a side, so many times as far
-    config.pgd.aimed = 0.0  # target unknown: share of images, 0 to 1, that are to look like one class each, any but their own
+    config.pgd.aimed = 0.0  # target unknown: share of images, 0 to 1, that are to look like target_label, if one is suspected
     config.pgd.fooled = 0.0  # share of clean images that must fool the suspicious model, bound and step growing until they do
     config.lambda_kd = 1.0  # lambda_1, the distillation term of the E-step (A)
     config.lambda_prior = 1.0  # lambda_2, the backdoor-feature prior of the E-step (B)

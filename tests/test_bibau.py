@@ -12,8 +12,10 @@ from bibau_jax import keys, train
 from bibau_jax.data import ImageSet
 from bibau_jax.defenses import bibau
 from bibau_jax.defenses.adversarial import (
+    AWAY,
     FACTORS,
     adversarial_objective,
+    aims,
     attack_images,
     balanced_gradient,
     clean_references,
@@ -89,6 +91,25 @@ def test_the_e_step_raises_its_objective_within_the_bound(tiny, tiny_variables, 
     assert (distance <= perturbation.epsilon * 1.0001).all() and (distance[attacked] > 0).all()
     assert not attacked.all() or target is None
     np.testing.assert_array_equal(adversarial[~attacked], images[~attacked])  # images of the target class are left alone
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+def test_a_share_of_the_images_is_aimed_at_the_class_that_is_suspected(tiny, tiny_variables, moved, clean, share):
+    images, labels = jnp.asarray(clean.images, jnp.float32), jnp.asarray(clean.labels)
+
+    def made(target, perturbation):
+        run = jax.jit(partial(e_step, classifier=tiny, weights=ALL, target=target, perturbation=perturbation))
+        return run(images, labels, moved, tiny_variables, keys.root(0))
+
+    aimed, away, towards = made(None, L2._replace(aimed=share, aim=3)), made(None, L2), made(3, L2)
+    classes = np.asarray(aims(labels, share, 3))
+    assert ((classes == 3) | (classes == AWAY)).all() and not (classes == labels).any()
+    others = clean.labels != 3
+    assert abs((classes == 3).sum() - share * others.sum()) <= 4 and not others.all()
+    # No image depends on the others of its batch, so it is just that of the problem that it is given.
+    expected = np.where((classes == 3)[:, None, None, None], towards, away)
+    np.testing.assert_allclose(aimed, expected, atol=1e-3)
+    assert np.abs(np.asarray(towards - away))[others].max((1, 2, 3)).min() > 1
 
 
 def test_the_objective_is_the_sum_of_its_terms(tiny, tiny_variables, moved, clean):

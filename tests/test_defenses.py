@@ -276,6 +276,8 @@ def test_an_unknown_schedule_is_refused(name, backdoored):
         ({"pgd": Perturbation(steps=-1)}, "pgd.steps at least 0"),
         ({"pgd": Perturbation(fooled=1.5)}, "pgd.fooled must lie within 0..1"),
         ({"pgd": Perturbation(block=0)}, "pgd.block must be at least 1"),
+        ({"pgd": Perturbation(aimed=1.1)}, "pgd.aimed must lie within 0..1"),
+        ({"pgd": Perturbation(aimed=0.5), "target_label": 10}, r"target label 10 is outside the 10 classes 0\.\.9"),
         ({"iewc_cap": 0.0}, "iewc_cap and temperature must be positive"),
         ({"eta": 1.5}, "eta, alpha and softened must lie within 0..1"),
     ],

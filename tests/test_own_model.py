@@ -285,11 +285,24 @@ def test_images_are_held_out_where_something_is_measured_or_chosen_by_them(setti
     assert (len(divided.clean), len(divided.validation)) == (200 - held_out, held_out)
 
 
-def test_the_scans_class_is_waited_for(settings, tmp_path):
-    given = {"defense.name": "bibau_t", "stages": "purify"}
+@pytest.mark.parametrize("row", ["bibau_t", "bibau_u", "base_at"])
+def test_the_scans_class_is_waited_for(row, settings, tmp_path):
+    given = {"defense.name": row, "defense.pgd.aimed": 0.5, "stages": "purify"}
     (tmp_path / "run" / "scan" / "checkpoints").mkdir(parents=True)  # as a scan leaves it that was cut off
-    with pytest.raises(UserError, match="run the stage scan first"):
-        purify.apply(experiment.Run(settings(given), tmp_path / "run"), "bibau_t", {}, None)
+    with pytest.raises(UserError, match=f"{row} needs the attacker's class: run the stage scan first"):
+        purify.apply(experiment.Run(settings(given), tmp_path / "run"), row, {}, None)
+
+
+@pytest.mark.parametrize("index, label, share", [([0.5, -1.0, 7.0], 2, 0.5), ([-np.inf] * 3, 0, 0.0)])
+def test_images_are_aimed_at_the_class_that_the_scan_suspects_if_it_found_any(index, label, share, settings, tmp_path):
+    run = experiment.Run(settings({"defense.pgd.aimed": 0.5}), tmp_path)
+    (tmp_path / "scan").mkdir()
+    np.savez(tmp_path / "scan" / "triggers.npz", index=np.array(index))
+    options = run.options("bibau_u")
+    assert (options["target_label"], options["pgd"].aimed) == (label, share)
+    if not share:
+        with pytest.raises(UserError, match="the scan found no trigger for any"):
+            purify.apply(run, "bibau_t", {}, None)
 
 
 def test_stages_of_a_strangers_model_need_its_file(tiny_config, tmp_path):

@@ -56,12 +56,11 @@ def heading(suspicious, labels, target: Target) -> jax.Array:
     return jnp.where(target == AWAY, terms.other_class(jax.lax.stop_gradient(suspicious), labels), target)
 
 
-def aims(labels, key, *, num_classes: int, share: float) -> jax.Array:
-    """For every image [N] the class that it is to look like: AWAY from its own, and for a `share` of them any one other."""
+def aims(labels, share: float, aim: int) -> jax.Array:
+    """For every image [N] the class that it is to look like: `aim` for a `share` of them, the others AWAY from their own."""
     places = jnp.arange(len(labels))
     aimed = jnp.floor((places + 1) * share) > jnp.floor(places * share)
-    other = (labels + jax.random.randint(key, labels.shape, 1, num_classes)) % num_classes
-    return jnp.where(aimed, other, AWAY)
+    return jnp.where(aimed & (labels != aim), aim, AWAY)
 
 
 def keeping(adversarial, towards, clean, labels, variables, *, classifier: Classifier, weights: Weights):
@@ -102,9 +101,7 @@ def clean_references(images, variables, backdoored, *, classifier: Classifier, w
 
 def e_step(images, labels, variables, backdoored, key, *, classifier, target, weights, perturbation: Perturbation):
     """Adversarial images x' [N, H, W, C] for clean ones in 0..255; images of the target class stay as they are."""
-    towards = target
-    if target is None and perturbation.aimed:
-        towards = aims(labels, keys.stream(key, "aims"), num_classes=classifier.num_classes, share=perturbation.aimed)
+    towards = aims(labels, perturbation.aimed, perturbation.aim) if target is None and perturbation.aimed else target
     shared = {"classifier": classifier, "target": towards, "weights": weights}
     clean = clean_references(images, variables, backdoored, classifier=classifier, weights=weights)
 
@@ -162,7 +159,7 @@ def sufficient(
     rows = splits.some_of(clean, max(TRIED, classifier.num_classes))
     rows = rows.take(np.flatnonzero(rows.labels != target))
     alone, form, key = weights._replace(kd=0.0, prior=0.0), weights.attack_form, keys.stream(key, "sufficient")
-    anywhere = perturbation._replace(aimed=0.0)  # to be taken for one class and no other is a longer way
+    anywhere = perturbation._replace(aimed=0.0)  # being taken for one class and no other is a longer way
 
     @jax.jit
     def taken_in(backdoored, factor, images, labels, key):

@@ -205,7 +205,8 @@ def purify(
     """The model after BI-BAU on the defender's clean images; `variables` are the suspicious model's and stay as they are.
 
     Args:
-      targeted: attack towards `target_label` and leave its images alone (T), or away from every true class (U).
+      targeted: attack towards `target_label` and leave its images alone (T), or away from every true class (U), but for the
+        share `pgd.aimed` of the images, which is aimed at `target_label` too; no more than a suspicion then.
       ablation: "base_at", "+A", "+B" or "+A+B" (Table 6); what is left out has weight 0.
       max_grad_norm: bound on the gradient's global norm. The inverse penalty wakes with a gradient of lambda_4 c^2 dQ, which
         without a bound can throw the parameters out of range (our addition; 0 leaves it out).
@@ -249,6 +250,7 @@ def purify(
     )
     weights = weighted(ablation, **objective)
     shared = {"classifier": classifier, "weights": weights, "target": target_label if targeted else None}
+    pgd = pgd._replace(aim=target_label)
     steps = epochs * max(1, len(clean) // min(batch_size, len(clean)))
     optimizer = train.sgd(
         train.learning_rate_schedule(schedule, learning_rate, steps),

@@ -19,8 +19,8 @@ class Perturbation(NamedTuple):
     `fooled` above 0 is the share of clean images, 0..1, that must fool the suspicious model within the bound: bound and step
     grow by one factor until they do, see `defenses.adversarial.sufficient` (ours; 0 keeps them). `block` above 1 moves every
     second image in squares of so many pixels a side, see `pgd.adversarial_images` (ours). `aimed` is the share of images, 0..1,
-    that with the target unknown are to look like one class each, drawn anew from all the others (ours; the rest, as in the
-    paper, like any class but their own).
+    that with the target unknown are to look like the class `aim`, which is suspected to be the target, and the rest as in the
+    paper like any class but their own (ours).
     """
 
     norm: str = "l2"
@@ -31,6 +31,7 @@ class Perturbation(NamedTuple):
     fooled: float = 0.0
     block: int = 1
     aimed: float = 0.0
+    aim: int = 0
 
 
 class Weights(NamedTuple):
@@ -105,7 +106,7 @@ def check(
     _choice("attack_form", attack_form, terms.ATTACK_FORMS)
     _choice("unlearning_labels", unlearning_labels, UNLEARNING_LABELS)
     _choice("fisher_refresh", fisher_refresh, FISHER_REFRESH)
-    if targeted and not 0 <= target_label < num_classes:
+    if (targeted or pgd.aimed) and not 0 <= target_label < num_classes:
         raise UserError(f"target label {target_label} is outside the {num_classes} classes 0..{num_classes - 1}")
     if pgd.epsilon <= 0 or pgd.step_size <= 0 or pgd.steps < 0:
         raise UserError("pgd.epsilon and pgd.step_size must be positive, pgd.steps at least 0")

@@ -9,6 +9,7 @@ from bibau_jax.metrics import cost
 from bibau_jax.run import Run, attack_as_trained, finish, is_done, load_model, write_arrays
 from bibau_jax.stages.implant import poisoned_split
 
+AIMED = ("bibau_t", "bibau_u", "base_at")  # can be told which class is the attacker's
 UNFIT = "not_applicable.txt"  # in the folder of a defence that cannot treat the network: why
 
 
@@ -75,10 +76,11 @@ def _told(this: Run, purified: defenses.Purified, guard: limits.Guard) -> dict:
 def apply(this: Run, row: str, variables, journal: train.Journal) -> defenses.Purified:
     """What a defence makes of the backdoored model with this run's data and settings, its traces left to `journal`."""
     options = this.options(row)
-    if row == "bibau_t" and this.config["defense"]["target_label"] < 0:
-        if this.scanned_class is None:
-            raise UserError("bibau_t needs the attacker's class: run the stage scan first, or set defense.target_label")
-        if this.scanned_class < 0:
+    if row in AIMED and this.config["defense"]["target_label"] < 0:
+        is_sure = row == "bibau_t"
+        if this.scanned_class is None and (is_sure or options["pgd"].aimed):
+            raise UserError(f"{row} needs the attacker's class: run the stage scan first, or set defense.target_label")
+        if this.scanned_class == -1 and is_sure:
             raise UserError(
                 "bibau_t needs the attacker's class, and the scan found no trigger for any: set defense.target_label, or start "
                 "anew with a longer search (scan.epochs)"

@@ -228,7 +228,7 @@ def adversarial(scene: Scene, row: str, last, count: int) -> dict[str, dict[str,
         "classifier": this.classifier,
         "target": chosen["target_label"] if targeted else None,
         "weights": settings.weighted(chosen["ablation"], **{name: chosen[name] for name in (*LAMBDAS, *CONSTANTS)}),
-        "perturbation": chosen["pgd"],
+        "perturbation": chosen["pgd"]._replace(aim=chosen["target_label"]),
         "batch_size": chosen["batch_size"],
     }
     # with the key that the purification itself had
