@@ -249,7 +249,7 @@ def test_reading_records_loads_neither_jax_nor_flax_nor_orbax():
 
 def test_a_setting_that_came_later_stands_for_what_was_done_without_it():
     older, now = base.get_config().to_dict(), base.get_config().to_dict()
-    del older["defense"]["pgd"]["block"], older["defense"]["nc"]["memory"]
+    del older["defense"]["pgd"]["block"], older["defense"]["nc"]["memory"], older["scan"]["memory"]
     assert differences(older, now) == []
     now["defense"]["pgd"]["block"] = 4
     assert differences(older, now) == ["defense.pgd.block: None -> 4"]

@@ -102,6 +102,10 @@ def clean_references(images, variables, backdoored, *, classifier: Classifier, w
 def e_step(images, labels, variables, backdoored, key, *, classifier, target, weights, perturbation: Perturbation):
     """Adversarial images x' [N, H, W, C] for clean ones in 0..255; images of the target class stay as they are."""
     towards = aims(labels, perturbation.aimed, perturbation.aim) if target is None and perturbation.aimed else target
+    reach = 1.0
+    if towards is not target:
+        reach = jnp.where(towards == AWAY, 1.0, perturbation.reach)[:, None, None, None]
+    epsilon, step_size = reach * perturbation.epsilon, reach * perturbation.step_size
     shared = {"classifier": classifier, "target": towards, "weights": weights}
     clean = clean_references(images, variables, backdoored, classifier=classifier, weights=weights)
 
@@ -113,13 +117,13 @@ def e_step(images, labels, variables, backdoored, key, *, classifier, target, we
 
     start = None
     if perturbation.start == "random":
-        start = pgd.random_start(key, images.shape, norm=perturbation.norm, epsilon=perturbation.epsilon)
+        start = pgd.random_start(key, images.shape, norm=perturbation.norm, epsilon=epsilon)
     adversarial = pgd.adversarial_images(
         gradient,
         images,
         norm=perturbation.norm,
-        epsilon=perturbation.epsilon,
-        step_size=perturbation.step_size,
+        epsilon=epsilon,
+        step_size=step_size,
         steps=perturbation.steps,
         start=start,
         block=perturbation.block,
@@ -153,18 +157,34 @@ def sufficient(
     Networks differ much in how far an image must be moved to fool them, and x' that fool nobody unlearn nothing. On at most
     TRIED clean images, one a class at least (none of the target's), the E-step without the current model's terms is tried with
     bound and step times each of FACTORS, until the share is reached. Where none is asked for, it stays as it is: ..., {}.
+    To be taken for one class and no other is a longer way: for images that are aimed, `reach` and `aimed` say how much longer.
     """
     if not perturbation.fooled:
         return perturbation, {}
+    shared = {"classifier": classifier, "weights": weights, "batch_size": batch_size}
+    given, anywhere = (clean, backdoored, keys.stream(key, "sufficient")), perturbation._replace(aimed=0.0)
+    factor, share = _least_factor(*given, perturbation=anywhere, target=target, **shared)
+    found = _times(perturbation, factor)
+    told = {"epsilon": found.epsilon, "step_size": found.step_size, "fooled": share}
+    if target is None and perturbation.aimed:
+        longer, share = _least_factor(*given, perturbation=anywhere, target=perturbation.aim, **shared)
+        found = found._replace(reach=max(1.0, longer / factor))
+        told |= {"reach": found.reach, "aimed": share}
+    return found, told
+
+
+def _least_factor(
+    clean: ImageSet, backdoored, key, *, classifier, perturbation: Perturbation, target, weights: Weights, batch_size: int
+) -> tuple[float, float]:
+    """(the first of FACTORS, times which the perturbation fools as many as it shall, or the last; the share fooled)."""
     rows = splits.some_of(clean, max(TRIED, classifier.num_classes))
     rows = rows.take(np.flatnonzero(rows.labels != target))
-    alone, form, key = weights._replace(kd=0.0, prior=0.0), weights.attack_form, keys.stream(key, "sufficient")
-    anywhere = perturbation._replace(aimed=0.0)  # being taken for one class and no other is a longer way
+    alone, form = weights._replace(kd=0.0, prior=0.0), weights.attack_form
 
     @jax.jit
     def taken_in(backdoored, factor, images, labels, key):
         images = parallel.shard(images.astype(jnp.float32))
-        larger = _times(anywhere, factor)
+        larger = _times(perturbation, factor)
         given = {"classifier": classifier, "target": target, "weights": alone, "perturbation": larger}
         adversarial = e_step(images, labels, backdoored, backdoored, key, **given)
         return fooling(classifier.apply(backdoored, adversarial).logits, labels, target=target, form=form)[1]
@@ -173,8 +193,7 @@ def sufficient(
         share = float(_in_blocks(partial(taken_in, backdoored, jnp.float32(factor)), rows, key, batch_size).mean())
         if share >= perturbation.fooled:
             break
-    found = _times(perturbation, factor)
-    return found, {"epsilon": found.epsilon, "step_size": found.step_size, "fooled": share}
+    return factor, share
 
 
 def _times(perturbation: Perturbation, factor) -> Perturbation:

@@ -280,8 +280,13 @@ def purify(
 
 
 def _said(found: dict, norm: str) -> str:
-    share = f"{100 * found['fooled']:.0f} % of images fool the model as it came"
-    return f"bound on perturbations: {found['epsilon']:,.0f} ({norm}), within which {share}"
+    line = (
+        f"bound on perturbations: {found['epsilon']:,.0f} ({norm}), within which {100 * found['fooled']:.0f} % of images fool "
+    )
+    line += "the model as it came"
+    if "reach" in found:
+        line += f"; {found['reach'] * found['epsilon']:,.0f} and {100 * found['aimed']:.0f} % towards the suspected class"
+    return line
 
 
 def _first_state(variables, optimizer) -> UnlearningState:

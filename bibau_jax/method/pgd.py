@@ -61,8 +61,8 @@ def adversarial_images(
     images: jax.Array,
     *,
     norm: str,
-    epsilon: float,
-    step_size: float,
+    epsilon: float | jax.Array,
+    step_size: float | jax.Array,
     steps: int,
     start: jax.Array | None = None,
     block: int = 1,
@@ -73,7 +73,7 @@ def adversarial_images(
 
     Args:
       gradient: maps x' [N, H, W, C] to the gradient of the *summed* objective, so that no image's step depends on the others.
-      images: x, float32 in 0..255; epsilon and step_size are in the same units.
+      images: x, float32 in 0..255; epsilon and step_size are in the same units, of all images or [N, 1, 1, 1].
       norm: "l2", "linf" or "l1". The paper gives bound 25 and step 2.0 on this scale; the norm is lost in its text.
       start: first perturbation, e.g. a random one; zero where None. It is projected first.
       block: above 1, every second image is moved in squares of so many pixels a side, all pixels of one alike in each channel,
@@ -107,7 +107,7 @@ def adversarial_images(
     return jnp.clip(images + last, 0.0, 255.0)
 
 
-def random_start(key: jax.Array, shape, *, norm: str, epsilon: float) -> jax.Array:
+def random_start(key: jax.Array, shape, *, norm: str, epsilon: float | jax.Array) -> jax.Array:
     """A random perturbation: uniform in the cube of "linf", uniform direction and radius in the balls of "l2" and "l1"."""
     if norm == "linf":
         return jax.random.uniform(key, shape, minval=-epsilon, maxval=epsilon)

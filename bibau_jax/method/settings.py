@@ -20,7 +20,7 @@ class Perturbation(NamedTuple):
     grow by one factor until they do, see `defenses.adversarial.sufficient` (ours; 0 keeps them). `block` above 1 moves every
     second image in squares of so many pixels a side, see `pgd.adversarial_images` (ours). `aimed` is the share of images, 0..1,
     that with the target unknown are to look like the class `aim`, which is suspected to be the target, and the rest as in the
-    paper like any class but their own (ours).
+    paper like any class but their own (ours); those that are aimed may go `reach` times as far.
     """
 
     norm: str = "l2"
@@ -32,6 +32,7 @@ class Perturbation(NamedTuple):
     block: int = 1
     aimed: float = 0.0
     aim: int = 0
+    reach: float = 1.0
 
 
 class Weights(NamedTuple):
