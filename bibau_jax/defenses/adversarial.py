@@ -157,7 +157,8 @@ def sufficient(
     Networks differ much in how far an image must be moved to fool them, and x' that fool nobody unlearn nothing. On at most
     TRIED clean images, one a class at least (none of the target's), the E-step without the current model's terms is tried with
     bound and step times each of FACTORS, until the share is reached. Where none is asked for, it stays as it is: ..., {}.
-    To be taken for one class and no other is a longer way: for images that are aimed, `reach` and `aimed` say how much longer.
+    To be taken for one class and no other is a longer way: `reach` says how much longer for images that are aimed, and
+    `fooled_aimed` how many of them are taken for it.
     """
     if not perturbation.fooled:
         return perturbation, {}
@@ -169,7 +170,7 @@ def sufficient(
     if target is None and perturbation.aimed:
         longer, share = _least_factor(*given, perturbation=anywhere, target=perturbation.aim, **shared)
         found = found._replace(reach=max(1.0, longer / factor))
-        told |= {"reach": found.reach, "aimed": share}
+        told |= {"reach": found.reach, "fooled_aimed": share}
     return found, told
 
 

@@ -280,12 +280,12 @@ def purify(
 
 
 def _said(found: dict, norm: str) -> str:
-    line = (
-        f"bound on perturbations: {found['epsilon']:,.0f} ({norm}), within which {100 * found['fooled']:.0f} % of images fool "
-    )
-    line += "the model as it came"
+    share = f"{100 * found['fooled']:.0f} % of images fool the model as it came"
+    line = f"bound on perturbations: {found['epsilon']:,.0f} ({norm}), within which {share}"
     if "reach" in found:
-        line += f"; {found['reach'] * found['epsilon']:,.0f} and {100 * found['aimed']:.0f} % towards the suspected class"
+        line += (
+            f"; {found['reach'] * found['epsilon']:,.0f} and {100 * found['fooled_aimed']:.0f} % towards the suspected class"
+        )
     return line
 
 
