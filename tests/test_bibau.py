@@ -101,7 +101,8 @@ def test_a_share_of_the_images_is_aimed_at_the_class_that_is_suspected(tiny, tin
         run = jax.jit(partial(e_step, classifier=tiny, weights=ALL, target=target, perturbation=perturbation))
         return run(images, labels, moved, tiny_variables, keys.root(0))
 
-    aimed, away, towards = made(None, L2._replace(aimed=share, aim=3)), made(None, L2), made(3, L2)
+    twice = L2._replace(epsilon=2 * L2.epsilon, step_size=2 * L2.step_size)
+    aimed, away, towards = made(None, L2._replace(aimed=share, aim=3, reach=2.0)), made(None, L2), made(3, twice)
     classes = np.asarray(aims(labels, share, 3))
     assert ((classes == 3) | (classes == AWAY)).all() and not (classes == labels).any()
     others = clean.labels != 3
@@ -178,6 +179,20 @@ def test_bound_and_step_grow_together_until_enough_images_fool_the_suspicious_mo
     assert share(found) == pytest.approx(told["fooled"]) and told["fooled"] >= 0.9
     before = FACTORS[FACTORS.index(factor) - 1]
     assert share(found._replace(epsilon=20.0 * before, step_size=6.0 * before)) < 0.9
+
+
+def test_images_that_are_aimed_go_as_far_as_they_must_to_be_taken_for_that_class(backdoored):
+    clean, variables = backdoored.clean.take(slice(0, 60)), backdoored.variables
+    few = bibau.Perturbation("l2", 100.0, 30.0, 3, fooled=0.6)
+    given = {"classifier": backdoored.classifier, "weights": ALL, "batch_size": 16}
+    found, told = sufficient(
+        *(clean, variables, keys.root(0)), perturbation=few._replace(aimed=0.5, aim=3), target=None, **given
+    )
+    away, _ = sufficient(clean, variables, keys.root(0), perturbation=few, target=None, **given)
+    towards, aimed = sufficient(clean, variables, keys.root(0), perturbation=few, target=3, **given)
+    assert (found.epsilon, found.step_size) == (away.epsilon, away.step_size) and (found.aimed, found.aim) == (0.5, 3)
+    assert found.reach == told["reach"] == towards.epsilon / away.epsilon > 1
+    assert told["fooled_aimed"] == aimed["fooled"] >= 0.6
 
 
 def test_a_purification_takes_the_bound_that_it_found_and_tells_it(backdoored):

@@ -283,9 +283,8 @@ def _said(found: dict, norm: str) -> str:
     share = f"{100 * found['fooled']:.0f} % of images fool the model as it came"
     line = f"bound on perturbations: {found['epsilon']:,.0f} ({norm}), within which {share}"
     if "reach" in found:
-        line += (
-            f"; {found['reach'] * found['epsilon']:,.0f} and {100 * found['fooled_aimed']:.0f} % towards the suspected class"
-        )
+        farther, aimed = found["reach"] * found["epsilon"], 100 * found["fooled_aimed"]
+        line += f"; {farther:,.0f}, within which {aimed:.0f} % are taken for the suspected class"
     return line
 
 
