@@ -75,7 +75,8 @@ def write_report(this: Run, command: str) -> None:
     """The page <workdir>/report.html and the closing table on the terminal, from the record alone."""
     path = this.folder / "record.json"
     if not path.exists() or not records.read(path).metrics:
-        raise UserError(f'{this.folder} has no measurements yet; run the stage "evaluate" first')
+        stage = "verify" if this.is_own else "evaluate"
+        raise UserError(f'{this.folder} has no measurements yet; run the stage "{stage}" first')
     if parallel.is_lead():
         page = html.write(this.folder)
         tables.show(records.read(path))

@@ -8,7 +8,7 @@ import numpy as np
 
 from bibau_jax.errors import UserError
 
-DAMAGES = (OSError, EOFError, KeyError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error)
+DAMAGES = (OSError, EOFError, KeyError, MemoryError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error)
 
 
 def left(path: Path, *names: str) -> dict[str, np.ndarray]:

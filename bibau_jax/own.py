@@ -71,10 +71,12 @@ def bring_in(weights, images, *, workdir, **settings) -> Model:
     a name that is not there, and where file or images cannot be used. Says how the file was read.
     """
     config = _defaults().lock()
+    if unknown := sorted(settings.keys() - records.flat(config.to_dict()).keys()):
+        raise UserError(f'unknown setting "{unknown[0]}"; configs/base.py lists them')
     try:
         config.update_from_flattened_dict(settings | {"model.weights": str(weights), "data.folder": str(images)})
     except (KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"unknown setting, or one of another type: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"a setting is of another type: {' '.join(str(error).split())[:200]}") from error
     given = [repr(str(weights)), repr(str(images)), f"workdir={str(workdir)!r}"] + ([f"**{settings!r}"] if settings else [])
     model = Model(config.to_dict(), str(workdir), f"bibau_jax.own.bring_in({', '.join(given)})")
     model._run("import")

@@ -25,12 +25,14 @@ IMPLANT_PARTS = (
 
 
 def stages(listed: str, known: tuple[str, ...]) -> list[str]:
-    """The stages named in "implant,purify", in that order; unknown ones raise `UserError`."""
+    """The stages named in "purify,implant", in the order of those known; none, or an unknown one, raises `UserError`."""
     wanted = [stage.strip() for stage in listed.split(",") if stage.strip()]
     for stage in wanted:
         if stage not in known:
             raise UserError(f'unknown stage "{stage}"; known: {", ".join(known)}')
-    return wanted
+    if not wanted:
+        raise UserError(f"which stages? set --config.stages to some of {', '.join(known)}")
+    return [stage for stage in known if stage in wanted]
 
 
 def check(run: Run, wanted: list[str]) -> None:
@@ -40,6 +42,8 @@ def check(run: Run, wanted: list[str]) -> None:
     if (run.folder / "record.json").exists():
         records.read(run.folder / "record.json")  # a damaged one would lose what is measured from here on
     if not set(wanted) - {"report"}:
+        if not (run.folder / "record.json").exists():
+            raise UserError(f"{run.folder} holds no record: nothing was measured there yet")
         return
     if not run.is_own:
         _network(config["model"])

@@ -192,7 +192,7 @@ def test_images_of_ones_own_are_divided_with_the_classes_in_their_shares():
 
 @pytest.mark.parametrize("share", [-0.1, 0.0, 0.01, 0.99, 1.0])
 def test_neither_part_of_ones_own_images_may_be_empty(share):
-    with pytest.raises(UserError, match=f"held_out_share {share} of 20 images leaves one part empty"):
+    with pytest.raises(UserError, match=f"data.held_out {share} of 20 images leaves one part empty"):
         splits.divide_own(keys.root(0), image_set([0, 1] * 10), held_out_share=share)
 
 
@@ -201,6 +201,10 @@ def test_a_class_is_never_held_out_whole():
     for seed in range(10):
         clean, held_out = splits.divide_own(keys.root(seed), own, held_out_share=0.5)
         assert 1 in clean.labels and len(clean) + len(held_out) == 20
+    clean, held_out = splits.divide_own(keys.root(0), image_set([0, 1, 2] * 60), held_out_share=0.98)
+    assert set(clean.labels) == set(held_out.labels) == {0, 1, 2} and len(clean) + len(held_out) == 180
+    with pytest.raises(UserError, match="no image can be held out, for there is one of each class"):
+        splits.divide_own(keys.root(0), image_set([0, 1, 2]), held_out_share=0.5)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,8 @@ def test_a_list_of_classes_decides_their_numbers_and_may_name_some_without_image
     (tmp_path / "classes.txt").write_text("horse\ndog\n\n cat \nfrog\n")
     found = own.read(folder)
     assert found.class_names == ("horse", "dog", "cat", "frog") and shades(found) == {1: 0, 2: 10}
+    (tmp_path / "classes.txt").write_text("\ufeffdog\r\ncat\r\n", encoding="utf-8")  # as Windows writes it
+    assert own.read(folder).class_names == ("dog", "cat")
     (tmp_path / "classes.txt").write_text("horse\ndog\n")
     with pytest.raises(UserError, match="classes.txt does not name the subfolder cat"):
         own.read(folder)
@@ -186,11 +188,24 @@ def test_test_images_are_of_the_same_size_and_classes_and_none_that_is_trained_o
         own.read_test(classes(tmp_path / "other", "cat", "dog"), named)
 
 
+def test_images_that_would_fill_the_memory_are_refused_before_they_are_read(tmp_path, monkeypatch):
+    folder = classes(tmp_path / "images", "cat", "dog")
+    np.savez(tmp_path / "clean.npz", images=IMAGES, labels=LABELS)
+    for path, many in ((folder, 4), (tmp_path / "clean.npz", 6)):
+        with pytest.raises(UserError, match=f"{many} images of 100,000 x 100,000 pixels would take [0-9]+ GiB of memory"):
+            own.read(str(path), image_size=100_000)
+    monkeypatch.setattr(own, "MOST_BYTES", 4 * 12 * 10 * 3 - 1)
+    with pytest.raises(UserError, match="4 images of 10 x 12 pixels would take"):
+        own.read(folder)
+
+
 def test_a_file_that_is_no_npz_is_one_line(tmp_path):
     np.savez(tmp_path / "whole.npz", images=IMAGES, labels=LABELS)
     np.save(tmp_path / "one.npy", IMAGES)
     whole, array = ((tmp_path / name).read_bytes() for name in ("whole.npz", "one.npy"))
-    for content in (b"", b"text", whole[:200], array, whole.replace(bytes([9, 10]), bytes([9, 9]))):
+    absurd = whole.replace(b"'shape': (6, 4, 5, 3), }    ", b"'shape': (6, 4, 5, 3" + b"0" * 6 + b")}")
+    assert len(absurd) == len(whole) and absurd != whole
+    for content in (b"", b"text", whole[:200], array, whole.replace(bytes([9, 10]), bytes([9, 9])), absurd):
         (tmp_path / "clean.npz").write_bytes(content)
         with pytest.raises(UserError, match="is no folder and cannot be read as .npz") as error:
             own.read(str(tmp_path / "clean.npz"))

@@ -1,15 +1,18 @@
 """A stranger's checkpoint from its file to a purified one in the same format: every stage, on a network with a backdoor."""
 
+import ast
 import dataclasses
 import hashlib
 import importlib
+import io
 import re
 import shutil
 
 import numpy as np
 import pytest
+import rich.console
 
-from bibau_jax import checkpoint, experiment, keys, own, records, train
+from bibau_jax import checkpoint, experiment, keys, own, preflight, records, train
 from bibau_jax.attacks import patch
 from bibau_jax.data import splits
 from bibau_jax.defenses import inversion
@@ -213,10 +216,15 @@ def test_a_scale_that_images_cannot_tell_from_a_commoner_one_must_be_named():
         ({"model.heads": 4}, "model.heads is no setting of resnet18"),
         ({"model.width": 16}, "model.width is told by the file of weights"),
         ({"data.channels": 2}, "data.channels must be 3"),
+        ({"verify.trigger": "{folder}/faint.npz"}, "faint.npz changes no pixel of the first images"),
+        ({"verify.trigger": "", "verify.target_label": 10}, "verify.target_label 10 is outside 0..9"),
+        ({"stages": " , "}, "which stages\\?"),
+        ({"stages": "report"}, "holds no record: nothing was measured there yet"),
     ],
 )
 def test_what_is_wrong_is_one_line_before_anything_is_written(changes, message, settings, stranger, tmp_path):
     (tmp_path / "cut.npz").write_bytes((stranger / "trigger.npz").read_bytes()[:300])
+    np.savez(tmp_path / "faint.npz", mask=np.full((16, 16, 1), 1e-6), pattern=np.full((16, 16, 1), 255.0))
     changes = {name: value.format(folder=tmp_path) if isinstance(value, str) else value for name, value in changes.items()}
     with pytest.raises(UserError, match=message) as error:
         experiment.run(settings(changes), str(tmp_path / "run"))
@@ -497,8 +505,64 @@ def test_names_of_classes_are_nobodys_markup(finished):
     before = dataclasses.replace(before, extra=before.extra | {"class_names": names})
     told = dataclasses.replace(record, metrics={"backdoored": before})
     assert "<script>" not in report.table_html(told) and "&lt;script&gt;" in report.table_html(told)
-    table = [line for line in card.markdown(told, "x.pth", "0").splitlines() if line.startswith("| The model as it came")]
-    assert "<script>" not in table[0] and "&lt;/script&gt;\\|x" in table[0]
+    written = card.markdown(told, "x.pth", "0")
+    table = [line for line in written.splitlines() if line.startswith("| The model as it came")]
+    assert "<script>" not in written and "&lt;/script&gt;\\|x" in table[0]
+    shown = io.StringIO()
+    named = dataclasses.replace(before, extra=before.extra | {"class_names": ["[red]a[/red]", *names[1:]]})
+    rich.console.Console(file=shown, width=300).print(
+        report.terminal(dataclasses.replace(record, metrics={"backdoored": named}))
+    )
+    assert "0 ([red]a[/red])" in shown.getvalue()
+
+
+def test_names_out_of_a_strangers_file_are_text_wherever_they_are_shown(finished, backdoored, tmp_path):
+    prefix = '\x1b]0;owned\x07"); import os; os.system("id") #\n```\n.'
+    arrays = {f"{prefix}{name[7:]}": array for name, array in pytorch_names(backdoored.variables).items()}
+    export.write(tmp_path / "hostile.safetensors", arrays)
+    scale = {"normalisation": "given", "mean": (0.305,), "std": (0.376,)}
+    told = suspect.bring(tmp_path / "hostile.safetensors", backdoored.clean, name="resnet18", **scale).told
+    assert told["prefix"] == prefix and all(line.isprintable() for line in suspect.said(told))
+    _, record = finished
+    before = record.metrics["backdoored"]
+    hostile = told | {"container": "`x`<img src=c>``", "others": ["<img src=x onerror=alert(1)>`"]}
+    before = dataclasses.replace(before, extra=before.extra | hostile)
+    written = card.markdown(dataclasses.replace(record, metrics={"backdoored": before}), "x.safetensors", "0")
+    assert "`?x?<img src=c>??`" in written and "`<img src=x onerror=alert(1)>?`" in written
+    code = re.search(r"```python\n(.*?)\n```", written, re.DOTALL).group(1)
+    (cut,) = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call) and node.func.attr == "removeprefix"]
+    assert [one.value for one in cut.args] == [prefix] and all(line.isprintable() for line in code.splitlines())
+
+
+def test_a_name_of_many_parts_is_refused_in_one_line_and_at_once(backdoored, tmp_path):
+    export.write(tmp_path / "deep.safetensors", {f"{'a.' * 3000}conv{n}.weight": np.zeros(3, np.float32) for n in range(3)})
+    with pytest.raises(UserError, match="deep.safetensors: the weights"):
+        suspect.bring(tmp_path / "deep.safetensors", backdoored.clean)
+
+
+def test_a_quantised_network_is_refused_for_it_could_not_be_given_back(backdoored, tmp_path):
+    arrays = pytorch_names(backdoored.variables)
+    arrays["module.linear.weight"] = np.round(100 * arrays["module.linear.weight"]).astype(np.int8)
+    export.write(tmp_path / "int8.pth", arrays)
+    with pytest.raises(UserError, match="1 no floating-point numbers, as of a quantised network .module|linear.weight, int8"):
+        suspect.bring(tmp_path / "int8.pth", backdoored.clean, name="resnet18")
+
+
+def test_stages_are_run_in_their_order_however_they_are_named():
+    known = tuple(experiment.STAGES)
+    assert preflight.stages("verify, purify,scan,verify", known) == ["scan", "purify", "verify"]
+
+
+def test_what_was_not_done_is_not_told_as_done(finished):
+    _, record = finished
+    before, config = record.metrics["backdoored"], record.config | {"verify": record.config["verify"] | {"trigger": ""}}
+    scanned = dataclasses.replace(before, extra={k: v for k, v in before.extra.items() if not k.startswith("stand_in")})
+    told = dataclasses.replace(record, metrics={"backdoored": scanned}, config=config)
+    lines = " ".join(report.unknown(told))
+    assert "stands in for it" not in lines and "Nobody tried to call a backdoor back" in lines
+    assert "stands in for it" in " ".join(report.unknown(dataclasses.replace(told, metrics={"backdoored": before})))
+    only_scanned = dataclasses.replace(told, stages={})
+    assert "Nobody tried" not in " ".join(report.unknown(only_scanned))
 
 
 def test_a_scan_in_groups_finds_what_one_of_all_classes_does(backdoored):

@@ -192,7 +192,10 @@ def tensor(shape, stride, size=4, offset=0, kind="FloatStorage", key="0") -> byt
         ({"shape": (4,), "stride": (-1,)}, "the pickle is damaged"),
         ({"shape": (4,), "stride": (1,), "size": 10**15}, "shorter than the pickle says|would take"),
         ({"shape": (4,), "stride": (1,), "key": "../../etc/passwd"}, 'storage "../../etc/passwd" is missing'),
-        ({"shape": (4,), "stride": (1,), "kind": "QuantizedStorage"}, "the pickle is damaged"),
+        (
+            {"shape": (4,), "stride": (1,), "kind": "QuantizedStorage"},
+            'tensors of type "torch.QuantizedStorage" cannot be read',
+        ),
     ],
 )
 def test_absurd_tensors_are_refused_before_they_take_memory(given, words, tmp_path):
@@ -210,6 +213,8 @@ def test_files_that_are_something_else_are_named(tmp_path, expected):
     wrong = {
         "empty": (b"", "it is empty"),
         "text": (b"hello, I am a model", "no PyTorch or safetensors file"),
+        "pointer.pth": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS"),
+        "page.pth": (b"<!DOCTYPE html><html>Log in</html>", "a web page: was the download refused"),
         "keras.h5": (b"\x89HDF\r\n\x1a\n" + bytes(100), "HDF5, of Keras"),
         "list": (pickle.dumps([1, 2]), "but none that PyTorch wrote|damaged"),
         "cut.pth": ((FOLDER / "zip.pth").read_bytes()[:-200], "damaged or cut off"),
@@ -224,8 +229,11 @@ def test_files_that_are_something_else_are_named(tmp_path, expected):
         torch_file.read(FOLDER / "checkpoints.npz")
     with pytest.raises(UserError, match="nowhere.pth: No such file or directory"):
         torch_file.read(tmp_path / "nowhere.pth")
-    with pytest.raises(UserError, match="Is a directory"):
-        torch_file.read(tmp_path)
+    os.mkfifo(tmp_path / "pipe.pth")
+    for path, words in ((tmp_path, "it is a folder"), (tmp_path / "pipe.pth", "pipe.pth: it is no ordinary file")):
+        for reading in (torch_file.read, torch_file.sha256):
+            with pytest.raises(UserError, match=words):
+                reading(path)
     with pytest.raises(UserError, match="it holds no weights"):
         torch_file.read(as_zip(tmp_path / "none.pth", pickle.dumps({"epoch": 3}, 2)))
 
@@ -253,6 +261,25 @@ def test_bombs_are_refused(tmp_path, monkeypatch):
     long = b"\x80\x04\x8d" + struct.pack("<Q", 2**62) + b"abc."
     with pytest.raises(UserError, match="damaged or cut off"):
         torch_file.read(as_zip(tmp_path / "long.pth", long))
+
+
+def test_more_entries_than_any_checkpoint_are_refused_before_they_take_memory(tmp_path, monkeypatch):
+    path = as_zip(tmp_path / "m.pth", tensor((2, 2), (1, 2)), **{"0": np.arange(4, dtype="<f4").tobytes()})
+    assert list(torch_file.read(path).arrays) == ["w", "v"]
+    monkeypatch.setattr(torch_file, "MOST_TENSORS", 1)
+    with pytest.raises(UserError, match="it holds 2 tensors, more than any network"):
+        torch_file.read(path)
+    monkeypatch.setattr(torch_file, "MOST_ENTRIES", len(zipfile.ZipFile(path).infolist()) - 1)
+    monkeypatch.setattr(zipfile, "ZipFile", None)
+    with pytest.raises(UserError, match="more entries than any checkpoint"):
+        torch_file.read(path)
+
+
+def test_a_safetensors_type_that_numpy_lacks_is_named(tmp_path):
+    header = b'{"w":{"dtype":"F8_E4M3","shape":[2],"data_offsets":[0,2]}}'
+    (tmp_path / "m.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(2))
+    with pytest.raises(UserError, match='tensors of type "float8_e4m3fn" cannot be read'):
+        torch_file.read(tmp_path / "m.safetensors")
 
 
 def text(value: bytes) -> bytes:

@@ -1,5 +1,6 @@
 """Clean labelled images of the user's own: a folder with one subfolder a class, or an .npz file."""
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from bibau_jax.data import ImageSet, folder
 from bibau_jax.errors import UserError, shown
 
 CLASSES = "classes.txt"
+MOST_BYTES = 8 * 2**30  # of all images: 5,000 of 700 x 700 pixels in colour
 MOST_CLASSES = 100_000  # above, numbers are no classes
 GREY = {"1", "L", "LA", "La", "F"}  # Pillow's modes without colour, beside those of 16 and 32 bits ("I...")
 
@@ -119,7 +121,7 @@ def _numbered(place: Path, found: tuple[str, ...]) -> tuple[list[int], tuple[str
 
 def _listed(path: Path) -> tuple[str, ...]:
     try:
-        names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        names = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     if twice := [name for name in names if names.count(name) > 1]:
@@ -141,13 +143,22 @@ def _common_shape(files: list[Path], image_size: int | None) -> tuple[int, int, 
             raise UserError(f"{path} cannot be read: {error}") from error
     channels = 1 if grey else 3
     if image_size is not None:
+        _check_room(len(files), image_size, image_size, channels)
         return image_size, image_size, channels
     if len(sizes) > 1:
         (one, first), (other, second) = list(sizes.items())[:2]
         shown = f"{first} is {one[0]}x{one[1]}, {second} is {other[0]}x{other[1]}"
         raise UserError(f"images must have one size, but {shown}; --config.data.image_size resizes them")
     ((width, height),) = sizes
+    _check_room(len(files), height, width, channels)
     return height, width, channels
+
+
+def _check_room(count: int, *shape: int) -> None:
+    """Refuses images that would fill the memory, before any is read."""
+    if count * math.prod(shape) > MOST_BYTES:
+        many = f"{count:,} images of {shape[0]:,} x {shape[1]:,} pixels would take {count * math.prod(shape) / 2**30:,.0f} GiB"
+        raise UserError(f"{many} of memory; --config.data.image_size makes them smaller")
 
 
 # --- an .npz file
@@ -166,6 +177,7 @@ def _from_file(path: Path, image_size: int | None) -> Own:
     if len(np.unique(labels)) < 2:
         raise UserError(f"{path} must hold images of at least two classes")
     if image_size is not None:
+        _check_room(len(images), image_size, image_size, images.shape[3])
         images = np.stack([folder.resized(image, image_size, image_size) for image in images])
     names = tuple(str(number) for number in range(int(labels.max()) + 1))
     return Own(ImageSet(images, labels.astype(np.int32), np.arange(len(labels), dtype=np.int32)), names)

@@ -58,16 +58,21 @@ def _held_out(order, groups, count) -> tuple[np.ndarray, np.ndarray]:
 def divide_own(key: jax.Array, images: ImageSet, *, held_out_share: float) -> tuple[ImageSet, ImageSet]:
     """(the defender's images, held-out ones that nothing trains on) of a user's own, drawn from the stream "own" of `key`.
 
-    held_out_share: of all images, and of each class within one image, 0..1, but never all of a class. UserError where one part
-    would be empty.
+    held_out_share: of all images, and of each class within one image, 0..1, but one of each class is kept. UserError where one
+    part would be empty.
     """
     count = round(held_out_share * len(images))
     if not 0 < count < len(images):
-        raise UserError(f"held_out_share {held_out_share} of {len(images)} images leaves one part empty")
+        raise UserError(f"data.held_out {held_out_share} of {len(images)} images leaves one part empty")
     order = np.asarray(jax.random.permutation(keys.stream(key, "own"), len(images)))
     labels = images.labels[order]
     held_out = evenly_chosen(labels, count)
-    held_out &= np.isin(labels, labels[~held_out])  # a class is never held out whole
+    found, first = np.unique(labels, return_index=True)
+    held_out[first[~np.isin(found, labels[~held_out])]] = False  # a class is never held out whole
+    if not held_out.any():
+        raise UserError(
+            "no image can be held out, for there is one of each class: take more, or others to measure on (data.test)"
+        )
     return images.take(order[~held_out]), images.take(order[held_out])
 
 

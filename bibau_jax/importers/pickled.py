@@ -306,8 +306,10 @@ def _stored(reference) -> Stored:
     if not isinstance(reference, tuple) or len(reference) < 5 or reference[0] != "storage":
         raise refuse("the pickle refers to something outside itself that is no storage")
     kind, key, size = reference[1], reference[2], reference[4]
-    if not isinstance(kind, Name) or kind.name not in STORAGES or not isinstance(key, str):
+    if not isinstance(kind, Name) or not isinstance(key, str):
         raise ValueError
+    if kind.name not in STORAGES:
+        raise UserError(f'tensors of type "{kind}" cannot be read')
     (size,) = _whole((size,))
     if len(reference) > 5 and reference[5] is not None:
         raise refuse("its storages are views of others, as versions of PyTorch before 0.4 wrote them")

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from bibau_jax.errors import UserError, shown
@@ -141,7 +142,9 @@ def to_variables(arrays: dict[str, np.ndarray], table: Table, like: dict) -> Imp
     if not problems:
         places, _ = _placed(arrays, table, wanted)
         found = {p: laid_out(np.asarray(arrays[name], np.float32), p, len(wanted[p])) for name, p in places.items()}
-        problems = _told("not finite", [path for path, array in found.items() if not np.isfinite(array).all()])
+        whole = [f"{name}, {arrays[name].dtype}" for name in places if not jnp.issubdtype(arrays[name].dtype, jnp.floating)]
+        problems = _told("no floating-point numbers, as of a quantised network", whole)
+        problems += _told("not finite", [path for path, array in found.items() if not np.isfinite(array).all()])
     if problems:
         raise UserError(f"the weights do not fit this network: {'; '.join(problems)}")
     tree = {part: {} for part in like} | _nested({path: np.ascontiguousarray(found[path]) for path in wanted})

@@ -1,6 +1,5 @@
 """A stranger's model, brought in: from a file of weights to a network that answers, with everything found out on the way."""
 
-import contextlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 
 from bibau_jax import train
 from bibau_jax.data import ImageSet, splits
-from bibau_jax.errors import UserError
+from bibau_jax.errors import UserError, shown
 from bibau_jax.importers import architectures, rules, torch_file
 from bibau_jax.method.terms import cross_entropy
 from bibau_jax.models import Classifier, own_file
@@ -33,6 +32,7 @@ TRIED_ON = 500  # images that a normalisation is chosen on
 SENSE = 0.2  # of the way from guessing to perfect: an accuracy that a network must have on its owner's images
 POOR = 0.5  # accuracy below which something may have been misunderstood
 FEW = 100  # images: below, nothing that is counted on them is certain
+MOST_WRAPPINGS = 3  # objects within objects whose attribute a network may have been when its names were made
 LOW = 0.5  # of the whole accuracy: a class that is told less often than that share of it is worth a word
 DOUBTS = (
     "are the images of the size that it was trained with (data.image_size), the classes in the order of its outputs, and its "
@@ -168,14 +168,16 @@ def _fitted(checkpoint: torch_file.Checkpoint, fit: Callable) -> tuple[torch_fil
     That is how those of a network look that was an attribute of a larger object ("model.conv1.weight"); the beginning is then
     the checkpoint's prefix.
     """
-    try:
-        return checkpoint, fit(checkpoint.arrays)
-    except UserError:
-        inner = torch_file.without_common_prefix(checkpoint)
-        with contextlib.suppress(UserError):
-            if inner is not None:
-                return _fitted(inner, fit)
-        raise  # about the keys as they stand in the file, which is what its owner knows
+    told, tried = None, checkpoint
+    for _ in range(1 + MOST_WRAPPINGS):
+        try:
+            return tried, fit(tried.arrays)
+        except UserError as error:
+            told = told or error  # about the keys as they stand in the file, which is what its owner knows
+        tried = torch_file.without_common_prefix(tried)
+        if tried is None:
+            break
+    raise told
 
 
 def _refuse_missing(labels: np.ndarray, names: tuple[str, ...]) -> None:
@@ -204,7 +206,7 @@ def _warnings(labels: np.ndarray, predicted: np.ndarray, names: tuple[str, ...])
 def said(told: dict) -> list[str]:
     """What was found out, a line for the terminal each: how the file was read, then the warnings."""
     ways = {"container": "under", "prefix": "without"}
-    where = ", ".join([told["format"], *(f"{way} {told[name]}" for name, way in ways.items() if told[name])])
+    where = ", ".join([told["format"], *(f"{way} {shown(told[name])}" for name, way in ways.items() if told[name])])
     scaling, classes = told["normalisation"], len(told["class_names"])
     right = f"{100 * told['accuracy_by_normalisation'][scaling]:.1f} % of the clean images right"
     line = f"{told['network']} ({where}), {classes} classes, pixels scaled as {scaling}, {right}"

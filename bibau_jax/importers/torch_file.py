@@ -29,6 +29,7 @@ CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "network", "weig
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
 DEEPEST = 3  # how far within a checkpoint weights are looked for
 MOST_ENTRIES = 200_000  # of its dictionaries that are looked through
+MOST_TENSORS = 10_000  # of a network; one of a thousand residual blocks has as many
 MOST_KEY = 200  # characters of a dictionary's key that leads to weights
 
 
@@ -52,7 +53,7 @@ def read(path, container: str | None = None) -> Checkpoint:
     `container` names the state dict within a checkpoint that holds several ("ema.state_dict"). bfloat16 comes as
     `ml_dtypes.bfloat16`. UserError, one line that names the file, where it cannot be read or must not be.
     """
-    path = Path(path).expanduser()
+    path = _regular(path)
     try:
         with open(path, "rb") as file:
             size = path.stat().st_size
@@ -66,10 +67,19 @@ def read(path, container: str | None = None) -> Checkpoint:
         raise UserError(f"{path}: {told}") from None
 
 
+def _regular(path) -> Path:
+    """The path, if no other thing than a file is there; a pipe would be waited for without end."""
+    place = Path(path).expanduser()
+    if place.exists() and not place.is_file():
+        raise UserError(f"{path}: it is {'a folder' if place.is_dir() else 'no ordinary file'}; name a file of weights")
+    return place
+
+
 def sha256(path) -> str:
     """The SHA-256 of a file, in hexadecimal digits; UserError where it cannot be read."""
+    place = _regular(path)
     try:
-        with open(Path(path).expanduser(), "rb") as file:
+        with open(place, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
@@ -98,11 +108,12 @@ def _looks_like(head: bytes) -> str:
         b"\x89HDF": "HDF5, of Keras",
         b"\x93NUM": "a NumPy array",
         b"\x1f\x8b": "gzip: unpack it first",
-        b"": "it is empty",
+        b"version https://": "a pointer of Git LFS: fetch the file itself, git lfs pull",
+        b"<!doctype": "a web page: was the download refused?",
+        b"<html": "a web page: was the download refused?",
     }
-    return next(
-        (kind for begin, kind in kinds.items() if begin and head.startswith(begin)), kinds[b""] if not head else "unknown"
-    )
+    known = next((kind for begin, kind in kinds.items() if head.lower().startswith(begin.lower())), "unknown")
+    return known if head else "it is empty"
 
 
 def _named(found: dict[str, np.ndarray], format_: str) -> Checkpoint:
@@ -141,6 +152,8 @@ def _state_dict(tree, container: str | None) -> tuple[dict[str, View], str, tupl
     found = _candidates(tree)
     where = _which(tree, found, container)
     views = _views(found[where])
+    if len(views) > MOST_TENSORS:
+        raise UserError(f"it holds {len(views):,} tensors, more than any network that is known")
     return views, where, tuple(shown(str(name)) for name in found[where] if name not in views)
 
 
@@ -234,6 +247,8 @@ def _array(view: View, raw) -> np.ndarray:
 
 def _open_zip(file, size: int):
     """(the pickle's object, what gives a storage's bytes) of the zip format, since PyTorch 1.6."""
+    if _has_too_many_entries(file):
+        raise UserError("it holds more entries than any checkpoint")
     archive = zipfile.ZipFile(file)
     entries = archive.infolist()
     pickles = [entry for entry in entries if entry.filename.rsplit("/", 1)[-1] == "data.pkl"]
@@ -262,6 +277,17 @@ def _open_zip(file, size: int):
         return archive.read(entry)
 
     return tree, storage
+
+
+def _has_too_many_entries(file) -> bool:
+    """Whether a zip's table has more than MOST_ENTRIES, told by how each begins; read as a table, they would take memory."""
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
+        place = -1
+        for _ in range(MOST_ENTRIES + 1):
+            place = whole.find(b"PK\x01\x02", place + 1)
+            if place < 0:
+                return False
+    return True
 
 
 def _open_legacy(file, size: int):
@@ -311,5 +337,7 @@ def _safetensors(file, size: int) -> dict[str, np.ndarray]:
     try:
         with safe_open(file.name, framework="numpy") as held:
             return {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118  no mapping
-    except (SafetensorError, KeyError, TypeError, AttributeError) as error:
+    except AttributeError as error:
+        raise UserError(f'tensors of type "{error.name}" cannot be read') from None
+    except (SafetensorError, KeyError, TypeError) as error:
         raise UserError(f"it is no safetensors file that can be read ({' '.join(str(error).split())[:120]})") from None

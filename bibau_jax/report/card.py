@@ -3,6 +3,7 @@
 from html import escape
 from pathlib import Path
 
+from bibau_jax.errors import shown
 from bibau_jax.report import own, words
 
 
@@ -27,7 +28,7 @@ def markdown(record, file: str, sha256: str) -> str:
     made = own.rows(record)
     parts = [
         f"# {file}",
-        f"{own.verdict(record)}\n\n{own.basis(record)}",
+        f"{_plain(own.verdict(record))}\n\n{own.basis(record)}",
         "## What was done",
         "\n".join(
             [
@@ -43,7 +44,7 @@ def markdown(record, file: str, sha256: str) -> str:
         _table(made),
         *([] if after else ["The purified model was not measured: the stage verify does that."]),
         "## What is not known",
-        "\n".join(f"- {line}" for line in own.unknown(record)),
+        "\n".join(f"- {_plain(line)}" for line in own.unknown(record)),
         "## To load it in PyTorch",
         _loading(file, told.get("prefix", "")),
     ]
@@ -51,17 +52,26 @@ def markdown(record, file: str, sha256: str) -> str:
 
 
 def _under(told: dict) -> str:
-    under = f"; there they lie under `{told['container']}`" if told.get("container") else ""
-    return under + (f"; left out, being no tensors: {', '.join(told['others'])}" if told.get("others") else "")
+    under = f"; there they lie under {_quoted(told['container'])}" if told.get("container") else ""
+    return under + (f"; left out, being no tensors: {', '.join(map(_quoted, told['others']))}" if told.get("others") else "")
+
+
+def _quoted(name: str) -> str:
+    """A name out of a stranger's file, as code that nothing in it can end."""
+    return f"`{shown(name).replace('`', '?')}`"
 
 
 def _numbers(values) -> str:
     return "(" + ", ".join(f"{value:g}" for value in values) + ")"
 
 
+def _plain(text) -> str:
+    """Text in which names of classes are nobody's markup."""
+    return escape(str(text), quote=False)
+
+
 def _safe(cell) -> str:
-    """A cell's text, in which names of classes are nobody's markup."""
-    return escape(str(cell), quote=False).replace("|", "\\|")
+    return _plain(cell).replace("|", "\\|")
 
 
 def _table(made) -> str:
@@ -76,7 +86,7 @@ def _loading(file: str, prefix: str) -> str:
     reading = "safetensors.torch.load_file" if file.endswith(".safetensors") else "torch.load"
     options = "" if file.endswith(".safetensors") else ", weights_only=True"
     package = "import safetensors.torch" if file.endswith(".safetensors") else "import torch"
-    weights, plain = f'{reading}("{file}"{options})', ""
-    if prefix:  # as the file's own names have it, of a model that was wrapped when it was saved
-        plain = f'weights = {{name.removeprefix("{prefix}"): array for name, array in weights.items()}}\n'
+    weights, plain = f"{reading}({ascii(file)}{options})", ""
+    if prefix:  # as the file's own names have it, of a model that was wrapped when it was saved; text, whatever it holds
+        plain = f"weights = {{name.removeprefix({ascii(prefix)}): array for name, array in weights.items()}}\n"
     return f"```python\n{package}\n\nweights = {weights}\n{plain}model.load_state_dict(weights, strict=True)\n```"

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from bibau_jax import records
 from bibau_jax.report import scans, series, strip, words
@@ -250,12 +251,12 @@ def unknown(record) -> list[str]:
         "image, different on every image or bending it, and backdoors with several targets may pass it unseen; BI-BAU (U) does "
         "not need the scan to have found anything.",
     ]
-    if not record.config["verify"]["trigger"]:
+    before, after = words.backdoored(record), words.purified(record)
+    if not record.config["verify"]["trigger"] and before is not None and "stand_in_asr" in before.extra:
         told.append(
             f"Nobody gave the real trigger. An inverted one stands in for it, {stood_in(record)}; it may yet be another "
             "shortcut of the network, and easier to unlearn than the real one."
         )
-    after = words.purified(record)
     rates = [after.extra.get(begin + name) for begin in TRIGGERS for name in ("r_asr", "q_asr")] if after is not None else []
     rates = [value for value in rates if words.is_number(value)]
     if rates and max(rates) <= BACK:
@@ -263,7 +264,7 @@ def unknown(record) -> list[str]:
             "Two attacks tried to call the backdoor back. That they fail is evidence, not proof; a run with another seed "
             "(--config.seed=1) adds to it."
         )
-    if after is not None and not rates:
+    if not rates and any(stage.startswith("purify/") for stage in record.stages):
         told.append("Nobody tried to call a backdoor back: the stage verify was not run, or had no trigger to try with.")
     told.append("Nothing is said about images of other kinds than the clean ones, nor about adversarial examples in general.")
     if after is not None and after.extra.get("guard"):
@@ -273,12 +274,14 @@ def unknown(record) -> list[str]:
 
 def terminal(record) -> Table:
     """The closing table of one run: a line a number, a column a model."""
-    table, made = Table(title=facts(record)["File"], caption=f"{verdict(record)}\n{basis(record)}"), rows(record)
+    # As text: what rich takes for markup in the names of classes would change what is shown.
+    table = Table(title=Text(facts(record)["File"]), caption=Text(f"{verdict(record)}\n{basis(record)}"))
     table.add_column("")
+    made = rows(record)
     for name, _ in made:
         table.add_column(name, justify="right")
     for line, cell in enumerate(made[0][1] if made else ()):
-        table.add_row(cell.heading, *(str(cells[line]) for _, cells in made))
+        table.add_row(cell.heading, *(Text(str(cells[line])) for _, cells in made))
     return table
 
 

@@ -79,7 +79,10 @@ def check(this: Run) -> None:
         given = patch.read(section["trigger"])
         options = {"num_classes": this.classifier.num_classes, "target_label": section["target_label"]}
         first = this.measured.take(slice(8))
-        patch.of_arrays(this.key, *given, **options).stamp(first.images, first.ids)
+        if (patch.of_arrays(this.key, *given, **options).stamp(first.images, first.ids) == first.images).all():
+            raise UserError(f"{section['trigger']} changes no pixel of the first images")
+    elif section["target_label"] >= this.classifier.num_classes:
+        raise UserError(f"verify.target_label {section['target_label']} is outside 0..{this.classifier.num_classes - 1}")
     reactivate.check(this, "patch", ("retuning", "query"))
 
 
