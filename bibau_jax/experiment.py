@@ -64,8 +64,8 @@ def _with_ratio(config: dict) -> dict:
 
 
 def status(config: dict, record: records.Record | None) -> int:
-    """The program's exit status: of the scan alone 1 where it found something and 2 where it could not tell, else 0."""
-    if preflight.stages(config["stages"], tuple(STAGES)) != ["scan"]:
+    """The program's exit status: where nothing follows the scan 1 if it found something and 2 if it could not tell, else 0."""
+    if set(preflight.stages(config["stages"], tuple(STAGES))) - {"import", "report"} != {"scan"}:
         return 0
     found = record.metrics["backdoored"].extra["scan"]
     return 2 if found.get("undetermined") else int(bool(found["flagged"]))

@@ -131,6 +131,8 @@ def _own(run: Run, wanted: list[str]) -> None:
         raise UserError(f'the stage "{after[0]}" comes after purify, and nothing is purified yet')
     if run.config["data"]["name"] == "own" and not run.config["data"]["folder"]:
         raise UserError("which images? set --config.data.folder to labelled clean ones, a folder a class, or an .npz file")
+    if (images := Path(run.config["data"]["folder"]).expanduser().absolute()).is_dir() and run.folder.is_relative_to(images):
+        raise UserError(f"{run.folder} lies among the images of data.folder; choose another --workdir")
     if informed := [row for row in run.rows if defenses.is_ideal(row) or defenses.is_informed(row)]:
         raise UserError(f"{informed[0]} sees the trigger or poisoned images, which nobody has of a stranger's model")
     if run.config["implant"]["reuse"] or run.config["implant"]["clean_twin"] != "none":

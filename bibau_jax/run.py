@@ -165,20 +165,23 @@ class Run:
             given.pop("ablation")  # what makes it Base AT
         given["pgd"] = Perturbation(**section["pgd"])
         if section["target_label"] < 0:
-            suspected = self.scanned_class
-            given["target_label"] = max(suspected or 0, 0)  # any will do to look at other settings before the scan
-            if suspected == -1:
-                given["pgd"] = given["pgd"]._replace(aimed=0.0)
+            given["target_label"] = max(self.scanned_class or 0, 0)  # any will do to look at other settings before the scan
+            if self.scanned is not None and not self.scanned.max() > self.config["scan"]["limit"]:
+                given["pgd"] = given["pgd"]._replace(aimed=0.0)  # no class stands out: to aim costs accuracy and meets nothing
         return {name: value for name, value in given.items() if name in known} | dict(section.get(row, {}))
+
+    @property
+    def scanned(self) -> np.ndarray | None:
+        """The anomaly index of every class, minus infinity where the scan found no trigger; None before it is done."""
+        path = self.folder / "scan" / "triggers.npz"
+        return npz.left(path, "index")["index"] if path.exists() else None
 
     @property
     def scanned_class(self) -> int | None:
         """The class that the scan suspects, -1 where it found no trigger at all; None before it is done."""
-        path = self.folder / "scan" / "triggers.npz"
-        if not path.exists():
+        if self.scanned is None:
             return None
-        index = npz.left(path, "index")["index"]
-        return int(np.argmax(index)) if np.isfinite(index).any() else -1
+        return int(np.argmax(self.scanned)) if np.isfinite(self.scanned).any() else -1
 
     def model_folder(self, stage: str) -> Path:
         """Where the finished model of a stage lies: in this run's folder, or in that of the run it is taken from."""

@@ -167,7 +167,8 @@ print("flagged:", sorted(flagged) or "none")
 # %% [markdown]
 # ## Purify and verify
 #
-# `purify` runs BI-BAU (U), which needs neither the trigger nor the attacker's class, so it does not depend on the scan.
+# `purify` runs BI-BAU (U), which needs neither the trigger nor the attacker's class. Where a class stands out in the scan, half
+# of its adversarial images are aimed at it; the other half does not depend on the scan, which may be wrong.
 # `verify` then measures on clean images that were held out: accuracy, the scan again, and how often a patch that stands in for
 # the trigger works, as it is and after two attempts to wake the backdoor. That patch is inverted once more, to work on the
 # model as it came and on a fine-tuned copy of it: what the scan finds is in part a quirk that any training takes away.

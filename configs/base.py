@@ -30,7 +30,9 @@ def get_config() -> ConfigDict:
     config.data.folder = ""  # one's own labelled images in place of a data set: a folder of class/picture, or an .npz file
     config.data.test = ""  # more of them, to measure on; "" measures on those held out
     config.data.image_size = 0  # side that one's own images are resized to; 0 leaves them
-    config.data.channels = 0  # 3 shows grey images of one's own in colour, for a network that takes colour; 0 leaves them
+    config.data.channels = (
+        0  # 3 shows grey images of one's own in colour, 1 makes them grey, as the network takes them; 0 leaves them
+    )
     config.data.held_out = 0.2  # share of one's own images that is never trained on, where one measures or chooses by it
     config.data.train_size = 0  # training images; 0 takes all that validation leaves
     config.data.clean_size = 2500  # the defender's clean images, drawn from the training images (5 %)

@@ -35,7 +35,7 @@ def get_config():
     config.defense.pgd.epsilon = 1500.0
     config.defense.pgd.step_size = 750.0
     config.defense.pgd.fooled = 0.9
-    # With the target unknown an image goes wherever it is nearest; half of them go where the scan saw something.
+    # With the target unknown an image goes wherever it is nearest; half of them go where the scan saw something, if it did.
     config.defense.pgd.aimed = 0.5
     config.reactivate.checks = ""
     config.reactivate.query.epochs = 20  # the paper's 50 take two and a half times as long

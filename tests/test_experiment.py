@@ -401,7 +401,7 @@ def test_a_model_that_is_not_there_is_named(tiny_config, tmp_path):
         experiment.run(tiny_config(stages="purify"), str(tmp_path / "run"))
     with pytest.raises(UserError, match="nowhere/config.json cannot be read as a run's config"):
         experiment.run(tiny_config({"implant.reuse": str(tmp_path / "nowhere")}), str(tmp_path / "other"))
-    with pytest.raises(UserError, match='has no measurements yet; run the stage "evaluate" first'):
+    with pytest.raises(UserError, match="holds no record: nothing was measured there yet"):
         experiment.run(tiny_config(stages="report"), str(tmp_path / "run2"))
 
 

@@ -76,7 +76,7 @@ def test_a_network_trained_here_gets_the_names_that_it_is_told_by(name):
     network = models.build(name, num_classes=10, image_shape=(32, 32, 3), width=4, mean=(0.5,) * 3, std=(0.2,) * 3)
     shapes = jax.eval_shape(network.init, jax.random.key(0))
     rng = np.random.default_rng(0)
-    variables = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
+    variables = jax.tree.map(lambda leaf: np.abs(rng.normal(size=leaf.shape)).astype(np.float32), shapes)
     named = rules.named(variables)
     back = rules.to_variables(named, rules.RESNET, shapes)
     jax.tree.map(np.testing.assert_array_equal, back.variables, variables)

@@ -160,6 +160,10 @@ def test_copies_within_a_class_count_once_and_grey_pictures_are_shown_in_colour(
     twice = saved(tmp_path / "twice.npz", np.concatenate([images, images[:2]]), np.concatenate([labels, labels[:2]]))
     found = own.read(twice, channels=3).images
     np.testing.assert_array_equal(found.images, images.repeat(3, 3))
+    in_colour = saved(tmp_path / "colour.npz", images.repeat(3, 3), labels)  # grey pictures that were saved as RGB
+    np.testing.assert_array_equal(own.read(in_colour, channels=1).images.images, images)
+    red = np.zeros((4, 2, 2, 3), np.uint8) + np.array([[[[255, 0, 0]]]], np.uint8) * np.ones((4, 1, 1, 1), np.uint8)
+    assert (own.read(saved(tmp_path / "red.npz", red, np.arange(4) % 2), channels=1).images.images == 76).all()  # 0.299 * 255
     assert found.labels.tolist() == labels.tolist() and found.ids.tolist() == list(range(6))
     assert "2 of 8 images are there more than once and left out" in capsys.readouterr().err
     other = saved(tmp_path / "other.npz", np.concatenate([images, images[:1]]), np.append(labels, 1))

@@ -21,6 +21,7 @@ from bibau_jax.importers import export, suspect, torch_file
 from bibau_jax.report import card
 from bibau_jax.report import own as report
 from bibau_jax.run import Run, load_model
+from bibau_jax.stages import export as stage_export
 from bibau_jax.stages import purify, scan, verify
 from bibau_jax.workdir import read_config
 
@@ -220,6 +221,7 @@ def test_a_scale_that_images_cannot_tell_from_a_commoner_one_must_be_named():
         ({"verify.trigger": "", "verify.target_label": 10}, "verify.target_label 10 is outside 0..9"),
         ({"stages": " , "}, "which stages\\?"),
         ({"stages": "report"}, "holds no record: nothing was measured there yet"),
+        ({"model.std": (0.0,)}, "model.std must be positive"),
     ],
 )
 def test_what_is_wrong_is_one_line_before_anything_is_written(changes, message, settings, stranger, tmp_path):
@@ -301,14 +303,16 @@ def test_the_scans_class_is_waited_for(row, settings, tmp_path):
         purify.apply(experiment.Run(settings(given), tmp_path / "run"), row, {}, None)
 
 
-@pytest.mark.parametrize("index, label, share", [([0.5, -1.0, 7.0], 2, 0.5), ([-np.inf] * 3, 0, 0.0)])
-def test_images_are_aimed_at_the_class_that_the_scan_suspects_if_it_found_any(index, label, share, settings, tmp_path):
+@pytest.mark.parametrize(
+    "index, label, share", [([0.5, -1.0, 7.0], 2, 0.5), ([0.5, 1.9, 1.0], 1, 0.0), ([-np.inf] * 3, 0, 0.0)]
+)
+def test_images_are_aimed_at_the_class_that_the_scan_suspects_if_it_stands_out(index, label, share, settings, tmp_path):
     run = experiment.Run(settings({"defense.pgd.aimed": 0.5}), tmp_path)
     (tmp_path / "scan").mkdir()
     np.savez(tmp_path / "scan" / "triggers.npz", index=np.array(index))
     options = run.options("bibau_u")
     assert (options["target_label"], options["pgd"].aimed) == (label, share)
-    if not share:
+    if not np.isfinite(index).any():
         with pytest.raises(UserError, match="the scan found no trigger for any"):
             purify.apply(run, "bibau_t", {}, None)
 
@@ -348,7 +352,8 @@ def test_a_scan_that_found_too_few_triggers_cannot_tell(sizes, suspected, finish
     before = dataclasses.replace(before, extra=before.extra | {"scan": found.told})
     record = dataclasses.replace(record, metrics={"backdoored": before})
     assert "The scan cannot tell: for" in report.verdict(record)
-    assert experiment.status({"stages": "scan"}, record) == 2
+    for stages, status in (("scan", 2), ("report,import, scan", 2), ("scan,purify", 0), ("import", 0)):
+        assert experiment.status({"stages": stages}, record) == status
 
 
 def test_two_classes_cannot_be_compared_and_are_no_reason_to_stop(finished):
@@ -358,6 +363,15 @@ def test_two_classes_cannot_be_compared_and_are_no_reason_to_stop(finished):
     before = dataclasses.replace(before, extra=before.extra | {"scan": found.told})
     record = dataclasses.replace(record, metrics={"backdoored": before})
     assert report.verdict(record) == "The scan cannot tell: it compares classes with each other, and two are too few."
+    after = finished[1].metrics["purified"]
+    for rate, begins in (
+        (100.0, "Whether a backdoor is left in the purified model cannot be told: do not deploy it"),
+        (2.0, "The scan"),
+    ):
+        left = {"stand_in_asr": rate, "stand_in_r_asr": rate, "stand_in_q_asr": rate}
+        measured = {"backdoored": before, "purified": dataclasses.replace(after, asr=None, extra=after.extra | left)}
+        told = report.verdict(dataclasses.replace(record, metrics=measured))
+        assert told.startswith(begins) and "ordinary shortcut" not in told
     assert dict(cell[:2] for cell in report.rows(record)[0][1])["Flagged by the scan"] == "cannot tell"
 
 
@@ -546,6 +560,60 @@ def test_a_quantised_network_is_refused_for_it_could_not_be_given_back(backdoore
     export.write(tmp_path / "int8.pth", arrays)
     with pytest.raises(UserError, match="1 no floating-point numbers, as of a quantised network .module|linear.weight, int8"):
         suspect.bring(tmp_path / "int8.pth", backdoored.clean, name="resnet18")
+
+
+def test_a_variance_below_zero_is_told(backdoored, tmp_path):
+    arrays = pytorch_names(backdoored.variables)
+    arrays["module.bn1.running_var"] = -arrays["module.bn1.running_var"]
+    export.write(tmp_path / "below.pth", arrays)
+    with pytest.raises(UserError, match="1 below 0, which no variance is .batch_stats/bn1/var"):
+        suspect.bring(tmp_path / "below.pth", backdoored.clean, name="resnet18")
+
+
+def test_scalings_that_the_images_cannot_tell_apart_are_told():
+    told = {
+        "normalisation": "clip",
+        "accuracy_by_normalisation": {"clip": 0.9, "imagenet": 0.85, "0..1": 0.2},
+        "alike": ["imagenet"],
+    }
+    assert report.nearly_as_well(told) == "; imagenet would do nearly as well"
+    assert report.nearly_as_well(told | {"alike": []}) == ""
+    rng = np.random.default_rng(0)
+    assert suspect._is_worse(rng.normal(0.5, 1, 400)) and not suspect._is_worse(rng.normal(-0.1, 1, 400))
+    assert not suspect._is_worse(rng.normal(0.05, 1, 100) - 0.05) and not suspect._is_worse(np.zeros(100))
+
+
+def test_a_run_does_not_lie_among_its_images(settings, tmp_path):
+    (tmp_path / "images").mkdir()
+    with pytest.raises(UserError, match="lies among the images of data.folder"):
+        experiment.run(settings({"data.folder": str(tmp_path / "images")}), str(tmp_path / "images" / "run"))
+
+
+def test_what_would_hold_other_images_out_needs_another_folder(settings, tmp_path):
+    experiment.run(settings({"stages": "import"}), str(tmp_path / "run"))
+    with pytest.raises(UserError, match="with these settings 40 clean images are held out, .*run began with 0"):
+        experiment.run(settings({"stages": "import", "defense.beside": "rnp"}), str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    "name, stem", [("a.pth.tar", "a"), ("net-v1.2.pth", "net-v1.2"), ("b.safetensors", "b"), ("c", "c"), ("d.9.th", "d.9")]
+)
+def test_what_is_given_back_is_called_as_what_came(name, stem, settings, tmp_path):
+    run = experiment.Run(settings({"model.weights": name}), tmp_path)
+    assert stage_export.target(run) == tmp_path / "export" / f"{stem}_purified.safetensors"
+
+
+def test_rates_of_triggers_that_few_images_count_are_told_so(finished):
+    _, record = finished
+    before, after = record.metrics["backdoored"], record.metrics["purified"]
+    few = dataclasses.replace(after, extra=after.extra | {"reactivation_images": 7})
+    lines = report.unknown(dataclasses.replace(record, metrics={"backdoored": before, "purified": few}))
+    assert "What is said of a trigger is counted on only 7 images of other classes than its own." in lines
+    assert not any("counted on only" in line and "of a trigger" in line for line in report.unknown(record)) == (
+        after.extra["reactivation_images"] >= report.FEW
+    )
+    given = {cell.heading: cell for cell in report.rows(record)[0][1]}["The given trigger works"]
+    assert given.interval and str(given).startswith(given.value)
 
 
 def test_stages_are_run_in_their_order_however_they_are_named():

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from bibau_jax.errors import UserError
-from bibau_jax.importers import pickled, torch_file
+from bibau_jax.importers import export, pickled, torch_file
 
 FOLDER = Path(__file__).parent / "torch"
 
@@ -430,6 +430,8 @@ def test_two_thousand_damaged_files_are_read_or_refused_in_one_line(tmp_path, bo
     rng, path, refused = random.Random(0), tmp_path / "fuzzed.pth", 0
     sources = {name: (FOLDER / name).read_bytes() for name in SEEDS}
     sources["deflated.pth"] = recompressed(sources["checkpoint.pth"], zipfile.ZIP_DEFLATED)
+    export.write(tmp_path / "m.safetensors", torch_file.read(FOLDER / "zip.pth").arrays)
+    sources["m.safetensors"] = (tmp_path / "m.safetensors").read_bytes()
     for number in range(2400):
         name = list(sources)[number % len(sources)]
         data = sources[name]

@@ -29,23 +29,29 @@ def read(path: str, *, image_size: int | None = None, channels: int | None = Non
 
     Folder: one subfolder a class, with pictures at any depth. Where a file `classes.txt` lies in it, its lines are the names
     of classes 0, 1, ..., and some may have no images. Otherwise subfolders named 0..K-1 are those classes, and other names
-    count in alphabetical order, as in PyTorch. Pictures are RGB unless all are grey. .npz: `images` uint8 [N, H, W, C] with
-    C 1 or 3, `labels` whole numbers [N] from 0 on. image_size: side in pixels that all images are squashed to; None keeps
-    their common size. channels: 3 makes grey pictures RGB; None keeps what they are. An image that is there more than once
-    in a class counts once, which is said. UserError where anything is missing, damaged or ambiguous.
+    count in alphabetical order, as in PyTorch. Pictures are RGB unless all are grey. .npz: `images` uint8 [N, H, W, C] with C
+    1 or 3, `labels` whole numbers [N] from 0 on. image_size: side in pixels that all images are squashed to; None keeps their
+    common size. channels: 3 makes grey pictures RGB, 1 the reverse; None keeps what they are. An image that is there more
+    than once in a class counts once, which is said. UserError where anything is missing, damaged or ambiguous.
     """
     place = Path(path).expanduser()
     if image_size is not None and image_size < 1:
         raise UserError(f"image_size must be at least 1: {image_size}")
     if not place.exists():
         raise UserError(f"{path} does not exist")
-    if channels not in (None, 3):
-        raise UserError(f"data.channels must be 3, to show grey pictures in colour, or left open: {channels}")
+    if channels not in (None, 1, 3):
+        raise UserError(f"data.channels must be 3, which shows grey pictures in colour, 1 for the reverse, or 0: {channels}")
     found = _from_folder(place, image_size) if place.is_dir() else _from_file(place, image_size)
     if channels and found.images.images.shape[3] != channels:
         images = found.images
-        found = found._replace(images=ImageSet(np.repeat(images.images, channels, 3), images.labels, images.ids))
+        shown_so = np.repeat(images.images, channels, 3) if channels == 3 else _grey(images.images)
+        found = found._replace(images=ImageSet(shown_so, images.labels, images.ids))
     return _each_once(path, found)
+
+
+def _grey(images: np.ndarray) -> np.ndarray:
+    """The luminance of colour images, as pictures from files are made grey; those that are grey already keep their values."""
+    return np.stack([np.asarray(Image.fromarray(image).convert("L"))[..., None] for image in images])
 
 
 def _each_once(path: str, found: Own) -> Own:
@@ -147,8 +153,8 @@ def _common_shape(files: list[Path], image_size: int | None) -> tuple[int, int, 
         return image_size, image_size, channels
     if len(sizes) > 1:
         (one, first), (other, second) = list(sizes.items())[:2]
-        shown = f"{first} is {one[0]}x{one[1]}, {second} is {other[0]}x{other[1]}"
-        raise UserError(f"images must have one size, but {shown}; --config.data.image_size resizes them")
+        sides = f"{first} is {one[0]}x{one[1]}, {second} is {other[0]}x{other[1]}"
+        raise UserError(f"images must have one size, but {sides}; --config.data.image_size resizes them")
     ((width, height),) = sizes
     _check_room(len(files), height, width, channels)
     return height, width, channels

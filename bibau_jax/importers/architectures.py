@@ -130,7 +130,8 @@ def classifier(found: Architecture, *, num_classes: int, image_shape: tuple[int,
     if found.options["num_classes"] != num_classes:
         raise UserError(f"the model has {found.options['num_classes']} classes, the data have {num_classes}")
     if found.channels != image_shape[2]:
-        hint = "; --config.data.channels=3 shows grey ones so" if found.channels == 3 and image_shape[2] == 1 else ""
+        ways = {(3, 1): "; --config.data.channels=3 shows grey ones so", (1, 3): "; --config.data.channels=1 makes them grey"}
+        hint = ways.get((found.channels, image_shape[2]), "")
         raise UserError(f"the model takes images of {found.channels} channels, the data have {image_shape[2]}{hint}")
     return models.build(found.name, image_shape=image_shape, **found.options | options)
 

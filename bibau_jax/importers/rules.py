@@ -145,6 +145,12 @@ def to_variables(arrays: dict[str, np.ndarray], table: Table, like: dict) -> Imp
         whole = [f"{name}, {arrays[name].dtype}" for name in places if not jnp.issubdtype(arrays[name].dtype, jnp.floating)]
         problems = _told("no floating-point numbers, as of a quantised network", whole)
         problems += _told("not finite", [path for path, array in found.items() if not np.isfinite(array).all()])
+        below = [
+            path
+            for path, array in found.items()
+            if path.startswith("batch_stats/") and path.endswith("/var") and (array < 0).any()
+        ]
+        problems += _told("below 0, which no variance is", below)
     if problems:
         raise UserError(f"the weights do not fit this network: {'; '.join(problems)}")
     tree = {part: {} for part in like} | _nested({path: np.ascontiguousarray(found[path]) for path in wanted})

@@ -31,6 +31,7 @@ NAMED_ONLY = ("tiny_imagenet",)  # too near to imagenet's, which is far more com
 TRIED_ON = 500  # images that a normalisation is chosen on
 SENSE = 0.2  # of the way from guessing to perfect: an accuracy that a network must have on its owner's images
 POOR = 0.5  # accuracy below which something may have been misunderstood
+SURE = 2.0  # standard errors
 FEW = 100  # images: below, nothing that is counted on them is certain
 MOST_WRAPPINGS = 3  # objects within objects whose attribute a network may have been when its names were made
 LOW = 0.5  # of the whole accuracy: a class that is told less often than that share of it is worth a word
@@ -44,7 +45,8 @@ class Suspect(NamedTuple):
     """A network with a stranger's weights, the file's own arrays, and where each of them went (see `rules.Imported`).
 
     `told`: file, sha256, format, container, prefix, what in the file is no tensor, network and class names, normalisation with
-    mean and std, accuracy and loss by normalisation, warnings; of a run also how many images there are (`counted`).
+    mean and std, accuracy and loss by normalisation, those that the images cannot tell from the one chosen (`alike`), warnings;
+    of a run also how many images there are (`counted`).
     """
 
     classifier: Classifier
@@ -109,7 +111,8 @@ def bring(
         name: train.logits(build(network, scaling), imported.variables, some.images) for name, scaling in candidates.items()
     }
     accuracy = {name: float(np.mean(found.argmax(1) == some.labels)) for name, found in logits.items()}
-    loss = {name: float(np.mean(cross_entropy(found, some.labels))) for name, found in logits.items()}
+    losses = {name: np.asarray(cross_entropy(found, some.labels)) for name, found in logits.items()}
+    loss = {name: float(np.mean(each)) for name, each in losses.items()}
     chosen = min(loss, key=loss.get)
     if accuracy[chosen] < SENSE + (1 - SENSE) / first.num_classes:
         right = f"{100 * accuracy[chosen]:.1f} %"
@@ -128,6 +131,7 @@ def bring(
         "std": list(candidates[chosen][1]),
         "accuracy_by_normalisation": accuracy,
         "loss_by_normalisation": loss,
+        "alike": [name for name in losses if name != chosen and not _is_worse(losses[name] - losses[chosen])],
         "warnings": _warnings(some.labels, logits[chosen].argmax(1), names),
     }
     return Suspect(build(network, candidates[chosen]), imported.variables, checkpoint.arrays, imported.places, told)
@@ -143,6 +147,11 @@ def counted(suspect: Suspect, *, given: int, clean: int, held_out: int, measured
         warnings.append(f"Models are measured on only {measured} images, so all shares are uncertain (--config.data.test).")
     images = {"given": given, "clean": clean, "held_out": held_out, "measured": measured}
     return suspect._replace(told=suspect.told | {"images": images, "warnings": warnings + suspect.told["warnings"]})
+
+
+def _is_worse(differences: np.ndarray) -> bool:
+    """Whether losses on the same images are higher than others by more than SURE standard errors of their mean difference."""
+    return bool(differences.mean() > SURE * differences.std() / np.sqrt(len(differences)))
 
 
 class _Network(NamedTuple):
@@ -209,7 +218,8 @@ def said(told: dict) -> list[str]:
     where = ", ".join([told["format"], *(f"{way} {shown(told[name])}" for name, way in ways.items() if told[name])])
     scaling, classes = told["normalisation"], len(told["class_names"])
     right = f"{100 * told['accuracy_by_normalisation'][scaling]:.1f} % of the clean images right"
-    line = f"{told['network']} ({where}), {classes} classes, pixels scaled as {scaling}, {right}"
+    alike = f" ({' and '.join(told['alike'])} would do nearly as well)" if told["alike"] else ""
+    line = f"{told['network']} ({where}), {classes} classes, pixels scaled as {scaling}{alike}, {right}"
     left = [f"left out, being no tensors: {', '.join(told['others'][:6])}"] if told["others"] else []
     return [line, *([_counts(**told["images"])] if "images" in told else []), *left, *told["warnings"]]
 
@@ -237,6 +247,8 @@ def _candidates(normalisation: str, mean, std, channels: int) -> dict[str, tuple
     if normalisation == "given":
         if len(mean) != channels or len(std) != channels:
             raise UserError(f"model.mean and model.std need {channels} values, one a channel of the images")
+        if min(std) <= 0:
+            raise UserError(f"model.std must be positive, not {list(std)}")
         return {"given": (tuple(mean), tuple(std))}
     if normalisation not in ("auto", *NORMALISATIONS):
         known = ", ".join(("auto", "given", *NORMALISATIONS))

@@ -236,10 +236,10 @@ def _array(view: View, raw) -> np.ndarray:
         raise UserError("a storage is shorter than the pickle says: the file is damaged or cut off")
     flat = np.frombuffer(raw, dtype, view.storage.size)[view.offset :]
     strides = tuple(step * dtype.itemsize for step in view.strides)
-    shown = np.lib.stride_tricks.as_strided(flat, view.shape, strides, writeable=False) if math.prod(view.shape) else None
-    if shown is None:
+    if not math.prod(view.shape):
         return np.zeros(view.shape, dtype.newbyteorder("="))
-    return np.array(shown, dtype.newbyteorder("="), order="C")
+    viewed = np.lib.stride_tricks.as_strided(flat, view.shape, strides, writeable=False)
+    return np.array(viewed, dtype.newbyteorder("="), order="C")
 
 
 # --- the formats

@@ -36,7 +36,7 @@ def markdown(record, file: str, sha256: str) -> str:
                 f"- By: {words.defense(record.config['defense']['name'])} of bibau_jax {record.versions['bibau_jax']}",
                 f"{_is_file(sha256)}, the same names, layouts and types as the one it came from{_under(told)}",
                 f"- Network: {told.get('network')}; pixels scaled as {told.get('normalisation')}: "
-                f"(x / 255 - {_numbers(told.get('mean', []))}) / {_numbers(told.get('std', []))}",
+                f"(x / 255 - {_numbers(told.get('mean', []))}) / {_numbers(told.get('std', []))}{own.nearly_as_well(told)}",
                 f"- Command: `{record.command}`",
             ]
         ),

@@ -17,6 +17,7 @@ RUINED = 15.0  # points of clean accuracy: whoever loses more has no use of the 
 WORKS = 50.0  # percent: a trigger that works on fewer images is hardly the one
 LEFT, BACK = 10.0, 20.0  # percent: more than the first, or than the second once called back, is a backdoor that is there
 MEANT = {"digits": "handwritten digits of 16 × 16 pixels"}  # data sets that the reader of a page need not know by name
+FEW = 100  # images: below, no share of them is certain
 ALIKE = 0.01  # of accuracy: scalings of pixels that differ by less cannot be told apart
 TRIGGERS = {"stand_in_": "The inverted trigger", "": "The given trigger"}  # by what the names of its rates begin with
 
@@ -52,7 +53,7 @@ def verdict(record) -> str:
             what = "The trigger that stands in for the attacker’s" if found["flagged"] else "The likeliest trigger"
             again = _called_back(after, "stand_in_")
             said.append(f"{what} worked on {rates[0]} of other images; in the purified model it works on {rates[1]}{again}.")
-            if not found["flagged"]:
+            if not found["flagged"] and not found.get("undetermined"):
                 said.append("In a model without a backdoor that is an ordinary shortcut of the network.")
             elif before.extra["stand_in_asr"] < WORKS:
                 said.append("It hardly works on the model as it came, so it cannot show that anything is gone.")
@@ -77,10 +78,13 @@ def _outcome(before, after) -> list[str]:
         what, begin, now = "The backdoor", "", after.asr.percent
     elif flagged[0] and words.is_number(came) and words.is_number(left):
         what, begin, now = "What the scan found", "stand_in_", left
+    elif before.extra.get("scan", {}).get("undetermined") and words.is_number(left):
+        worst = max(left, _most_called_back(after, "stand_in_") or 0.0)
+        told = "Whether a backdoor is left in the purified model cannot be told: do not deploy it on this evidence."
+        return [told] if worst > LEFT else []
     else:
         return []
-    rates = [after.extra.get(f"{begin}{name}") for name in ("r_asr", "q_asr")]
-    back = max(filter(words.is_number, rates), default=None)
+    back = _most_called_back(after, begin)
     if now > LEFT:
         return [f"{what} is still in the purified model: do not deploy it."]
     if back is not None and back > BACK:
@@ -90,6 +94,12 @@ def _outcome(before, after) -> list[str]:
     if begin and (came < WORKS or after.extra.get("scan", {}).get("undetermined")):
         return ["Whether what the scan found is gone cannot be told: do not deploy the purified model on this evidence alone."]
     return [f"{what} is gone from the purified model, as far as was tried."] if back is not None else []
+
+
+def _most_called_back(after, begin: str) -> float | None:
+    """The highest rate of a trigger in the purified model once somebody tried; None where nobody did."""
+    rates = [after.extra.get(f"{begin}{name}") for name in ("r_asr", "q_asr")]
+    return max(filter(words.is_number, rates), default=None)
 
 
 def _flagged(record, found: dict) -> str:
@@ -168,12 +178,9 @@ def _chosen_by(record) -> str:
 def facts(record) -> dict[str, str]:
     """The file and how it was read."""
     told = suspect(record)
-    tried = told.get("accuracy_by_normalisation", {})
-    scaling = told.get("normalisation", words.NOTHING)
+    tried, scaling = told.get("accuracy_by_normalisation", {}), told.get("normalisation", words.NOTHING)
     if len(tried) > 1:
-        close = [name for name, share in tried.items() if share > tried[scaling] - ALIKE and name != scaling]
-        also = f"; {' and '.join(close)} would do nearly as well" if close else ""
-        scaling += f" (of {len(tried)} tried on the clean images{also})"
+        scaling += f" (of {len(tried)} tried on the clean images{nearly_as_well(told)})"
     others = {"Left out, being no tensors": ", ".join(told["others"])} if told.get("others") else {}
     return {
         "File": told.get("file", words.NOTHING).rsplit("/", 1)[-1],
@@ -186,6 +193,15 @@ def facts(record) -> dict[str, str]:
         "Classes": str(len(told.get("class_names", ()))),
         **others,
     }
+
+
+def nearly_as_well(told: dict) -> str:
+    """The scalings of pixels that the images cannot tell from the one that was chosen, as the end of a sentence."""
+    tried, scaling = told.get("accuracy_by_normalisation", {}), told.get("normalisation")
+    others = [name for name in tried if name != scaling]
+    # Records of earlier versions say nothing of it.
+    close = told.get("alike", [name for name in others if tried[name] > tried[scaling] - ALIKE])
+    return f"; {' and '.join(close)} would do nearly as well" if close else ""
 
 
 class Cell(NamedTuple):
@@ -204,7 +220,7 @@ def rows(record) -> list[tuple[str, list[Cell]]]:
     columns = {"Clean accuracy": _accuracy, "Flagged by the scan": lambda m: (_said(record, m),)}
     columns["Largest anomaly index"] = lambda m: (_index(m),)
     for begin, name in TRIGGERS.items():
-        columns[f"{name} works"] = lambda m, begin=begin: (_rate(m, begin, "asr"),)
+        columns[f"{name} works"] = lambda m, begin=begin: (_rate(m, begin, "asr"), "" if begin else _interval(m.asr))
         columns[f"{name} works after retuning"] = lambda m, begin=begin: (_rate(m, begin, "r_asr"),)
         columns[f"{name} works with perturbations"] = lambda m, begin=begin: (_rate(m, begin, "q_asr"),)
     measured = series.in_order(record.metrics.values())
@@ -215,8 +231,11 @@ def rows(record) -> list[tuple[str, list[Cell]]]:
 
 
 def _accuracy(measured) -> tuple[str, str]:
-    low, high = measured.ca.interval
-    return words.percent(measured.ca.percent), f"{words.number(low)} to {words.number(high)}"
+    return words.percent(measured.ca.percent), _interval(measured.ca)
+
+
+def _interval(rate: records.Rate | None) -> str:
+    return " to ".join(map(words.number, rate.interval)) if rate is not None else ""
 
 
 def _said(record, measured) -> str:
@@ -266,6 +285,9 @@ def unknown(record) -> list[str]:
         )
     if not rates and any(stage.startswith("purify/") for stage in record.stages):
         told.append("Nobody tried to call a backdoor back: the stage verify was not run, or had no trigger to try with.")
+    counts = [after.extra.get(f"{begin}reactivation_images", FEW) for begin in TRIGGERS] if after is not None else [FEW]
+    if min(counts) < FEW:
+        told.append(f"What is said of a trigger is counted on only {min(counts)} images of other classes than its own.")
     told.append("Nothing is said about images of other kinds than the clean ones, nor about adversarial examples in general.")
     if after is not None and after.extra.get("guard"):
         told.insert(0, after.extra["guard"])

@@ -9,8 +9,9 @@ from bibau_jax.run import Run, finish, is_done, load_model
 def run(this: Run, command: str) -> None:
     """Keeps the weights of the file as the model to purify; refuses a file that is not the one that was brought in before."""
     suspect, spent = this.brought
-    for line in said(suspect.told):
-        progress.say(f"import: {line}", show=parallel.is_lead())
+    if not (this.folder / "implant" / "model").exists():
+        for line in said(suspect.told):
+            progress.say(f"import: {line}", show=parallel.is_lead())
     if is_done(this, "implant", command, called="import"):
         before = load_model(this, "implant")[2]["told"]
         if before["sha256"] != suspect.told["sha256"]:
@@ -19,6 +20,12 @@ def run(this: Run, command: str) -> None:
             raise UserError(
                 f"the clean images or those of data.test are not those that {this.folder} began with, so some that it "
                 "trained on could be measured on; choose another --workdir"
+            )
+        begun, now = before.get("images", suspect.told["images"]), suspect.told["images"]
+        if begun != now:
+            raise UserError(
+                f"with these settings {now['held_out']:,} clean images are held out, {this.folder} began with "
+                f"{begun['held_out']:,}: what chooses by them, or limits a loss by them, needs another --workdir"
             )
         return
     finish(this, "implant", {"variables": suspect.variables}, [], spent, command, told=suspect.told)

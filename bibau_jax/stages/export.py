@@ -10,6 +10,8 @@ from bibau_jax.metrics import cost
 from bibau_jax.report import card
 from bibau_jax.run import Run, load_model, update
 
+ENDINGS = (".pth", ".pt", ".tar", ".th", ".bin", ".ckpt", ".safetensors")  # of files of weights, one behind the other too
+
 
 def target(this: Run) -> Path:
     """Where the purified weights go: `export.path`, or <workdir>/export/<name of the file>_purified.safetensors."""
@@ -22,7 +24,9 @@ def target(this: Run) -> Path:
         if path.suffix != suffix:
             raise UserError(f"export.path={section['path']} must end in {suffix}, as export.format says")
         return path
-    stem = Path(this.config["model"]["weights"]).name.split(".")[0]
+    stem = Path(this.config["model"]["weights"]).name
+    while (ending := Path(stem).suffix) in ENDINGS:
+        stem = stem.removesuffix(ending)
     return this.folder / "export" / f"{stem}_purified{suffix}"
 
 

@@ -85,6 +85,8 @@ def apply(this: Run, row: str, variables, journal: train.Journal) -> defenses.Pu
                 "bibau_t needs the attacker's class, and the scan found no trigger for any: set defense.target_label, or start "
                 "anew with a longer search (scan.epochs)"
             )
+        if not is_sure and this.config["defense"]["pgd"]["aimed"] and not options["pgd"].aimed:
+            progress.say(f"purify: {row}: no class stands out in the scan, so no images are aimed at one", show=journal.show)
     if defenses.is_ideal(row):
         options["triggered"] = _triggered(this)
     if defenses.is_informed(row):
