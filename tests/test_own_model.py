@@ -488,6 +488,9 @@ def test_nothing_foreign_is_taken_for_the_runs_own(copied, finished, settings, t
     for _ in range(2):  # its own card is written again
         experiment.run(given, str(copied))
         assert "Purified" in card.read_text() or "BI-BAU" in card.read_text()
+    place.unlink()  # and so is a file that was deleted, whose card stayed
+    experiment.run(given, str(copied))
+    assert place.exists() and torch_file.sha256(place) in card.read_text()
 
 
 @pytest.mark.parametrize("file", ["scan/triggers.npz", "verify/stand_in/trigger.npz"])

@@ -7,19 +7,15 @@ from bibau_jax.errors import shown
 from bibau_jax.report import own, words
 
 
-def is_of(path: Path, file: str, sha256: str) -> bool:
-    """Whether a card that was written for just this file lies at `path`, or nothing; anybody else's text is none."""
+def is_of(path: Path, file: str, *sha256: str) -> bool:
+    """Whether nothing lies at `path`, or a card of this file that names one of these digests; anybody else's text is none."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return True
     except (OSError, ValueError):
         return False
-    return text.startswith(f"# {file}\n") and _is_file(sha256) in text
-
-
-def _is_file(sha256: str) -> str:
-    return f"- This file: SHA-256 `{sha256}`"
+    return text.startswith(f"# {file}\n") and any(f"SHA-256 `{digest}`" in text for digest in sha256)
 
 
 def markdown(record, file: str, sha256: str) -> str:
@@ -34,7 +30,7 @@ def markdown(record, file: str, sha256: str) -> str:
             [
                 f"- From: `{told.get('file', '').rsplit('/', 1)[-1]}`, SHA-256 `{told.get('sha256', '')}`",
                 f"- By: {words.defense(record.config['defense']['name'])} of bibau_jax {record.versions['bibau_jax']}",
-                f"{_is_file(sha256)}, the same names, layouts and types as the one it came from{_under(told)}",
+                f"- This file: SHA-256 `{sha256}`, the same names, layouts and types as the one it came from{_under(told)}",
                 f"- Network: {told.get('network')}; pixels scaled as {told.get('normalisation')}: "
                 f"(x / 255 - {_numbers(told.get('mean', []))}) / {_numbers(told.get('std', []))}{own.nearly_as_well(told)}",
                 f"- Command: `{record.command}`",
