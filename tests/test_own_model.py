@@ -599,7 +599,7 @@ def test_what_would_hold_other_images_out_needs_another_folder(settings, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "name, stem", [("a.pth.tar", "a"), ("net-v1.2.pth", "net-v1.2"), ("b.safetensors", "b"), ("c", "c"), ("d.9.th", "d.9")]
+    "name, stem", [("a.pth.tar", "a"), ("net-v1.2.PTH", "net-v1.2"), ("b.safetensors", "b"), ("c", "c"), ("d.9.th", "d.9")]
 )
 def test_what_is_given_back_is_called_as_what_came(name, stem, settings, tmp_path):
     run = experiment.Run(settings({"model.weights": name}), tmp_path)

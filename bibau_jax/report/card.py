@@ -7,15 +7,15 @@ from bibau_jax.errors import shown
 from bibau_jax.report import own, words
 
 
-def is_of(path: Path, file: str, *sha256: str) -> bool:
-    """Whether nothing lies at `path`, or a card of this file that names one of these digests; anybody else's text is none."""
+def is_of(path: Path, file: str, sha256: str) -> bool:
+    """Whether nothing lies at `path`, or a card of this file that names this digest; anybody else's text is none."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return True
     except (OSError, ValueError):
         return False
-    return text.startswith(f"# {file}\n") and any(f"SHA-256 `{digest}`" in text for digest in sha256)
+    return text.startswith(f"# {file}\n") and f"SHA-256 `{sha256}`" in text
 
 
 def markdown(record, file: str, sha256: str) -> str:

@@ -25,7 +25,7 @@ def target(this: Run) -> Path:
             raise UserError(f"export.path={section['path']} must end in {suffix}, as export.format says")
         return path
     stem = Path(this.config["model"]["weights"]).name
-    while (ending := Path(stem).suffix) in ENDINGS:
+    while (ending := Path(stem).suffix).lower() in ENDINGS:
         stem = stem.removesuffix(ending)
     return this.folder / "export" / f"{stem}_purified{suffix}"
 
