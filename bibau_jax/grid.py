@@ -275,7 +275,7 @@ def run(jobs: list[Job], workdir: str, engine) -> list[Outcome]:
     waiting = {job.name: job for job in jobs if job.name not in finished | unfit}
     if finished:
         progress.say(f"grid: {len(finished)} of {len(jobs)} runs are recorded")
-    with progress.bar(len(jobs), "grid", unit="run", start=len(finished | unfit)) as bar:
+    with progress.bar(len(jobs), "grid", unit="run", start=len(finished | unfit), first="the first one runs") as bar:
         while waiting or going:
             for name in [name for name, job in waiting.items() if job.needs <= finished]:
                 job = waiting.pop(name)

@@ -21,8 +21,8 @@ _last_line = float("-inf")  # when a plain line was last printed
 class Bar:
     """What `bar` hands out; a thread of its own draws, so that a call costs next to nothing and a long compilation shows."""
 
-    def __init__(self, total: int, label: str, unit: str, start: int):
-        self._total, self._label, self._unit, self._start = total, label, unit, start
+    def __init__(self, total: int, label: str, unit: str, start: int, first: str):
+        self._total, self._label, self._unit, self._start, self._starting = total, label, unit, start, first
         self._done, self._scalars = start, {}
         self._begin, self._first = time.perf_counter(), None
         self._ended, self._task, self._printed = threading.Event(), None, False
@@ -47,7 +47,7 @@ class Bar:
 
     def _status(self) -> str:
         if not self._ended.is_set() and self._is_starting():
-            return f"starting (compiling), {_duration(time.perf_counter() - self._begin)} so far"
+            return f"{self._starting}, {_duration(time.perf_counter() - self._begin)} so far"
         rate = self._rate()
         parts = [f"{rate:.3g} {self._unit}/s"]
         if rate and self._done < self._total and not self._ended.is_set():
@@ -92,14 +92,16 @@ class Bar:
 
 
 @contextlib.contextmanager
-def bar(total: int, label: str, unit: str = "step", start: int = 0, show: bool = True) -> Iterator[Bar]:
+def bar(
+    total: int, label: str, unit: str = "step", start: int = 0, show: bool = True, first: str = "starting (compiling)"
+) -> Iterator[Bar]:
     """Shows the progress of a loop over `total` units from `start` on (a resumed run); `with bar(...) as b: b.advance()`.
 
     After two seconds: on a terminal a live bar with rate, time left and the latest scalars, elsewhere a line on stderr at most
     every ten seconds, after some minutes more rarely; then a line with the total time. The rate counts this session's work
-    alone. `show=False` prints nothing.
+    alone; until there is one, `first` says what goes on. `show=False` prints nothing.
     """
-    it = Bar(total, label, unit, start)
+    it = Bar(total, label, unit, start, first)
     watcher = threading.Thread(target=it._watch, daemon=True, name=f"progress of {label}")
     if show:
         watcher.start()

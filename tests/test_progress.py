@@ -90,6 +90,13 @@ def test_a_long_first_call_is_reported_before_it_ends(capsys, quick):
         assert re.fullmatch(r"compile: 0/2 steps \(0 %\), starting \(compiling\), 0\.\d s so far", line)
 
 
+def test_where_nothing_is_compiled_first_says_what_goes_on(capsys, quick):
+    with bar(2, "grid", unit="run", first="the first one runs"):
+        time.sleep(0.15)
+        (line,) = lines(capsys)
+        assert line.startswith("grid: 0/2 runs (0 %), the first one runs, 0.")
+
+
 def test_a_resumed_run_counts_only_its_own_work(capsys, quick):
     with bar(1000, "train", unit="epoch", start=990) as b:
         for _ in range(10):
