@@ -337,6 +337,30 @@ def test_further_numbers_flow_through_to_rows_and_columns(folder, tmp_path):
     assert page.decode().count("| R-ASR |") == 2 and "12.50" in page.decode() and "novel" not in page.decode()
 
 
+def test_at_a_glance_an_average_is_over_all_attacks_or_is_none():
+    def line(attack, defense, variant=1, **means):
+        told = {"dataset": "cifar10", "model": "resnet18", "attack": attack, "defense": defense, "variant": variant}
+        return told | {name: {"mean": mean} for name, mean in means.items()}
+
+    whole = {"ca_loss": 2.0, "asr": 4.0, "r_asr": 10.0, "q_asr": 1.0}
+    lines = [
+        line("sig", "ft", **whole | {"r_asr": 90.0}),
+        line("badnets", "ft", **whole),
+        line("badnets", "bibau_u", **whole),
+        line("badnets", "none", ca_loss=0.0, asr=100.0),
+        line("sig", "ft", 2, **whole),
+    ]
+    head, _, *body = tables.glance(lines).splitlines()
+    assert head == "| Defence | CA loss, average | ASR, average | R-ASR, average | Q-ASR, average | BadNets | SIG |"
+    assert body == [
+        "| Fine-tuning | 2.0 | 4.0 | 50.0 | 1.0 | 10.0 | 90.0 |",
+        "| BI-BAU (U) | – | – | – | – | 10.0 | – |",
+        "| Fine-tuning (settings 2) | – | – | – | – | – | 10.0 |",
+    ]
+    assert tables.glance(lines[1:4]) == "", "one attack has no average worth a table"
+    assert tables.glance([*lines, line("badnets", "ft", **whole) | {"model": "other"}]) == "", "two networks have none together"
+
+
 def test_an_empty_folder_is_a_one_line_error(tmp_path, capsys):
     assert tables.main([str(tmp_path), "--out", str(tmp_path / "results")]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1 and not (tmp_path / "results.md").exists()
@@ -352,6 +376,6 @@ def test_published_results_are_what_their_records_say(name, tmp_path):
     assert not broken
     for path in (page, page.with_suffix(".json")):
         assert (tmp_path / path.name).read_bytes() == path.read_bytes(), again
-    if f"<!-- results {name} -->" in told.read_text():
+    if any(f"<!-- {kind} {name} -->" in told.read_text() for kind in ("results", "glance")):
         tables.insert(tmp_path / "README.md", tmp_path / name)
         assert (tmp_path / "README.md").read_text() == told.read_text(), f"{again} --readme README.md"

@@ -5,6 +5,7 @@ python -m bibau_jax.report.tables RECORDS_DIR --out results/cifar10_cpu
 
 import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -87,6 +88,30 @@ def _summary_table(lines) -> str:
     return markdown_table(headings, 4, body)
 
 
+def glance(lines) -> str:
+    """R-ASR by defence and attack, with averages of CA loss, ASR, R-ASR, Q-ASR, from a summary; "" where that says little.
+
+    An average is over all of the table's attacks, each counting once whatever its seeds; a defence that lacks one has none.
+    """
+    lines = [line for line in lines if (line.get("r_asr") or {}).get("mean") is not None]
+    places = sorted({(line["dataset"], line["model"]) for line in lines})
+    attacks = sorted({line["attack"] for line in lines}, key=lambda name: words.order(words.ATTACKS, name))
+    if len(places) != 1 or len(attacks) < 2:
+        return ""
+    by_defense: dict[str, dict[str, dict]] = {}
+    for line in lines:
+        by_defense.setdefault(_names(line)[3], {})[line["attack"]] = line
+    averaged = ("ca_loss", "asr", *words.REACTIVATION)
+    body = []
+    for name, found in by_defense.items():
+        means = {n: [found[a][n]["mean"] for a in attacks if a in found and found[a].get(n)] for n in averaged}
+        complete = {n: statistics.mean(m) if len(m) == len(attacks) and None not in m else None for n, m in means.items()}
+        of_attacks = (_fixed(found[a]["r_asr"]["mean"], 1) if a in found else words.NOTHING for a in attacks)
+        body.append((name, *(_fixed(complete[n], 1) for n in averaged), *of_attacks))
+    headings = ("Defence", *(f"{HEADINGS.get(n) or words.measure(n)}, average" for n in averaged), *map(words.attack, attacks))
+    return markdown_table(headings, 1, body)
+
+
 def _seeds(line: dict) -> str:
     return f"{line['n']} †" if line["differs"] else str(line["n"])
 
@@ -151,7 +176,9 @@ def markdown(found: dict, text: str = f"{OPEN}\n{CLOSE}") -> str:
             model = f"{_cell(line['model'])}, " if several else ""
             note += f"\n\n{model}{_names(line)[3]}, {words.attack(line['attack'])}: {_cell(line['settings'])}."
     head = f"{text}\n\n<!-- made from records by bibau_jax.report.tables; only the text above is written by hand -->\n"
-    body = f"## Summary\n\n{_summary_table(lines)}\n{note}\n\n## Every run\n\n{_rows_table(made)}"
+    first = glance(lines)
+    first = f"## At a glance\n\nR-ASR by attack, percent, after the averages over all of them.\n\n{first}\n" if first else ""
+    body = f"{first}## Summary\n\n{_summary_table(lines)}\n{note}\n\n## Every run\n\n{_rows_table(made)}"
     return f"{head}\n{body}\n## Machines and commands\n\n{_machines(found)}"
 
 
@@ -176,15 +203,19 @@ def write(folder, out) -> tuple[list[Path], list[str]]:
 def insert(readme, out) -> None:
     """Puts the summary of `<out>.json` between `<!-- results NAME -->` and `<!-- /results -->` of a Markdown file.
 
-    NAME is the last part of `out`. Raises UserError where the markers are missing.
+    NAME is the last part of `out`; behind `<!-- glance NAME -->` it is the table at a glance, of the settings that most runs
+    have. Raises UserError where the markers are missing.
     """
     page, out = Path(readme), Path(out)
-    text, opening = page.read_text(encoding="utf-8"), f"<!-- results {out.name} -->"
+    text, lines = page.read_text(encoding="utf-8"), json.loads(Path(f"{out}.json").read_text(encoding="utf-8"))["summary"]
+    opening, made = f"<!-- results {out.name} -->", _summary_table
+    if opening not in text and f"<!-- glance {out.name} -->" in text:
+        opening, made, lines = f"<!-- glance {out.name} -->", glance, [line for line in lines if line["variant"] == 1]
     start = text.find(opening)
     end = text.find("<!-- /results -->", start)
     if start < 0 or end < 0:
         raise UserError(f"{readme} has no text between {opening} and <!-- /results -->")
-    table = _summary_table(json.loads(Path(f"{out}.json").read_text(encoding="utf-8"))["summary"])
+    table = made(lines)
     records.write_text(page, f"{text[: start + len(opening)]}\n{table}{text[end:]}")
 
 
