@@ -339,7 +339,11 @@ def test_further_numbers_flow_through_to_rows_and_columns(folder, tmp_path):
 
 def test_at_a_glance_an_average_is_over_all_attacks_or_is_none():
     def line(attack, defense, variant=1, **means):
+        settings = ("", "defense.softened 0.0 instead of 0.5", "defense.a 1 instead of 0, defense.b 2 instead of 0")[
+            variant - 1
+        ]
         told = {"dataset": "cifar10", "model": "resnet18", "attack": attack, "defense": defense, "variant": variant}
+        told["settings"] = settings
         return told | {name: {"mean": mean} for name, mean in means.items()}
 
     whole = {"ca_loss": 2.0, "asr": 4.0, "r_asr": 10.0, "q_asr": 1.0}
@@ -349,13 +353,15 @@ def test_at_a_glance_an_average_is_over_all_attacks_or_is_none():
         line("badnets", "bibau_u", **whole),
         line("badnets", "none", ca_loss=0.0, asr=100.0),
         line("sig", "ft", 2, **whole),
+        line("sig", "ft", 3, **whole),
     ]
     head, _, *body = tables.glance(lines).splitlines()
     assert head == "| Defence | CA loss, average | ASR, average | R-ASR, average | Q-ASR, average | BadNets | SIG |"
     assert body == [
         "| Fine-tuning | 2.0 | 4.0 | 50.0 | 1.0 | 10.0 | 90.0 |",
         "| BI-BAU (U) | – | – | – | – | 10.0 | – |",
-        "| Fine-tuning (settings 2) | – | – | – | – | – | 10.0 |",
+        "| Fine-tuning (softened 0.0 instead of 0.5) | – | – | – | – | – | 10.0 |",
+        "| Fine-tuning (settings 3) | – | – | – | – | – | 10.0 |",
     ]
     assert tables.glance(lines[1:4]) == "", "one attack has no average worth a table"
     assert tables.glance([*lines, line("badnets", "ft", **whole) | {"model": "other"}]) == "", "two networks have none together"

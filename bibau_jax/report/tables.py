@@ -100,7 +100,9 @@ def glance(lines) -> str:
         return ""
     by_defense: dict[str, dict[str, dict]] = {}
     for line in lines:
-        by_defense.setdefault(_names(line)[3], {})[line["attack"]] = line
+        alone = line["variant"] > 1 and "," not in line["settings"]  # one other setting says more than a number
+        name = f"{words.defense(line['defense'])} ({line['settings'].removeprefix('defense.')})" if alone else _names(line)[3]
+        by_defense.setdefault(name, {})[line["attack"]] = line
     averaged = ("ca_loss", "asr", *words.REACTIVATION)
     body = []
     for name, found in by_defense.items():
