@@ -230,7 +230,7 @@ def defense() -> ConfigDict:
     config.eta = 0.5  # share of the clean feature that the prior takes off, 0..1
     config.prior_form = "cosine"  # or inner
     config.balance = 0.0  # above 0: both models' gradients of the E-step at length 1, the purified one's times this
-    config.softened = 0.5  # share of the M-step's labels that is the suspicious model's answer to x; the paper's form: 0
+    config.softened = 0.0  # share of the M-step's labels that is the suspicious model's answer to x; costs less, leaves more
     config.attack_form = "cross_entropy"  # in the E-step; or margin, which does not vanish where the model is sure of itself
     config.iewc_cap = 100.0  # c: the inverse penalty wakes when its quadratic form passes 1/c
     config.iewc_form = "clip"  # the paper's; or neg_log, hinge

@@ -59,6 +59,5 @@ def get_config(attack: str = "badnets"):
     config.defense.pgd.step_size = 150.0
     config.defense.pgd.epsilon = 500.0  # a quarter of an image's own length: digits have large margins
     config.defense.lambda_kd = 0.03
-    config.defense.softened = 0.0  # 300 images are enough for labels alone, and the paper's own form is shown
     config.defense.lambda_iewc = 5.0
     return config

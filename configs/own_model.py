@@ -26,6 +26,8 @@ def get_config():
     # Awake from the first step and never steep: clip(1/Q) throws a network that was trained long far off as it wakes.
     config.defense.iewc_form = "neg_log"
     config.defense.lambda_iewc = 1.0
+    # Taught in part what the suspicious model makes of clean images: it costs less accuracy, and leaves more of some triggers.
+    config.defense.softened = 0.5
     config.defense.epochs = 12
     config.defense.batch_size = 64
     config.defense.learning_rate = 0.03

@@ -197,7 +197,7 @@ def purify(
     iewc_form: str = "clip",
     attack_form: str = "cross_entropy",
     balance: float = 0.0,
-    softened: float = 0.5,
+    softened: float = 0.0,
     unlearning_labels: str = "predicted",
     fisher_refresh: str = "epoch",
     fisher_chunk: int = 32,

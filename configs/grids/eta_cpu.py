@@ -7,12 +7,12 @@ from pathlib import Path
 
 from bibau_jax import grid
 
-ETAS = {"eta0": 0.0, "eta25": 0.25, "eta75": 0.75, "eta100": 1.0}  # 0.5 is the run itself
+ETAS = {"eta0": 0.0, "eta25": 0.25, "eta75": 0.75, "eta100": 1.0}  # 0.5: hard_labels_cpu.py
 ATTACKS = ("badnets", "blended", "narcissus", "adap_blend")
 
 
 def get_grid():
     """BI-BAU (U) alone on the backdoored models of configs/grids/reactivation_cpu.py."""
     theirs = grid.read(str(Path(__file__).with_name("reactivation_cpu.py")))
-    changes = grid.alone({name: {"eta": eta} for name, eta in ETAS.items()})
+    changes = grid.alone({name: {"eta": eta, "softened": 0.0} for name, eta in ETAS.items()})
     return grid.variants(theirs, [f"{attack}_0" for attack in ATTACKS], changes, {"reactivate.checks": "retuning,query,bec"})

@@ -13,7 +13,7 @@ HARD = {"defense.softened": 0.0, "defense.beside": "base_at,bibau_t"}
 
 
 def get_grid():
-    """Base AT, BI-BAU (T) and (U) on every backdoored model, called back."""
+    """Base AT, BI-BAU (T) and (U) on every backdoored model that was purified by softened labels, called back."""
     theirs = grid.read(str(Path(__file__).with_name("reactivation_cpu.py")))
-    names = [job.name for job in theirs]
+    names = [job.name for job in theirs if job.settings.get("defense.softened")]
     return grid.variants(theirs, names, {"hard": HARD}, {"reactivate.checks": "retuning,query,bec"})

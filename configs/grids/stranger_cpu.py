@@ -10,7 +10,17 @@ from pathlib import Path
 from bibau_jax import grid
 from configs import cifar10_cpu, own_model
 
-SETTINGS = ("attack_form", "lambda_kd", "iewc_form", "lambda_iewc", "epochs", "batch_size", "learning_rate", "target_label")
+SETTINGS = (
+    "attack_form",
+    "lambda_kd",
+    "iewc_form",
+    "lambda_iewc",
+    "softened",
+    "epochs",
+    "batch_size",
+    "learning_rate",
+    "target_label",
+)
 ASCENT = ("steps", "norm", "epsilon", "step_size", "fooled", "aimed")
 
 
