@@ -88,6 +88,11 @@ def _summary_table(lines) -> str:
     return markdown_table(headings, 4, body)
 
 
+def _is_alone(line: dict) -> bool:
+    """Whether a line is of a variant that differs in one setting."""
+    return line["variant"] > 1 and "," not in line["settings"]
+
+
 def glance(lines) -> str:
     """R-ASR by defence and attack, with averages of CA loss, ASR, R-ASR, Q-ASR, from a summary; "" where that says little.
 
@@ -100,8 +105,9 @@ def glance(lines) -> str:
         return ""
     by_defense: dict[str, dict[str, dict]] = {}
     for line in lines:
-        alone = line["variant"] > 1 and "," not in line["settings"]  # one other setting says more than a number
-        name = f"{words.defense(line['defense'])} ({line['settings'].removeprefix('defense.')})" if alone else _names(line)[3]
+        name = _names(line)[3]
+        if _is_alone(line):  # one other setting says more than a number
+            name = f"{words.defense(line['defense'])} ({line['settings'].removeprefix('defense.')})"
         by_defense.setdefault(name, {})[line["attack"]] = line
     averaged = ("ca_loss", "asr", *words.REACTIVATION)
     body = []
@@ -205,14 +211,15 @@ def write(folder, out) -> tuple[list[Path], list[str]]:
 def insert(readme, out) -> None:
     """Puts the summary of `<out>.json` between `<!-- results NAME -->` and `<!-- /results -->` of a Markdown file.
 
-    NAME is the last part of `out`; behind `<!-- glance NAME -->` it is the table at a glance, of the settings that most runs
-    have. Raises UserError where the markers are missing.
+    NAME is the last part of `out`; behind `<!-- glance NAME -->` it is the table at a glance, without variants that differ in
+    more than one setting. Raises UserError where the markers are missing.
     """
     page, out = Path(readme), Path(out)
     text, lines = page.read_text(encoding="utf-8"), json.loads(Path(f"{out}.json").read_text(encoding="utf-8"))["summary"]
     opening, made = f"<!-- results {out.name} -->", _summary_table
     if opening not in text and f"<!-- glance {out.name} -->" in text:
-        opening, made, lines = f"<!-- glance {out.name} -->", glance, [line for line in lines if line["variant"] == 1]
+        opening, made = f"<!-- glance {out.name} -->", glance
+        lines = [line for line in lines if line["variant"] == 1 or _is_alone(line)]
     start = text.find(opening)
     end = text.find("<!-- /results -->", start)
     if start < 0 or end < 0:
