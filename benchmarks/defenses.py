@@ -5,9 +5,10 @@ python benchmarks/defenses.py [--json] [--width 16] [--batch 64] [--classes 10]
   nc_ratio     seconds of one inversion step for all classes one after the other, over those of all at once (goal 3 on a GPU)
   i_bau_ratio  seconds of one hypergradient step (five terms) of the PyTorch twin over ours (goal 1.0 on a CPU)
   sau_ratio    seconds of one search for shared adversarial images (five steps) of the PyTorch twin over ours (goal 1.0)
+  ..._channels_last  the same against the twin in channels-last, often PyTorch's faster layout on a CPU
 
 Sides take turns and get the same network, images and threads; every figure is the median of several rounds, none holds a
-compilation. Without PyTorch the last two ratios are null. `--check` compares the numbers of both sides instead.
+compilation. Without PyTorch the ratios beside it are null. `--check` compares the numbers of both sides instead.
 """
 
 import argparse
@@ -49,7 +50,8 @@ class Ours:
         self._hypergradient = jax.jit(self._step)
         optimizer = optax.adam(0.1, b1=0.5, b2=0.9)
         self.raw = inversion.start(keys.root(0), case.classifier, optimizer).raw
-        self.classes = jnp.arange(classes)
+        self.classes, self.weights = jnp.arange(classes), jnp.full(classes, 1e-3)
+        self.all, self.parts = self._part(slice(0, classes)), [self._part(slice(one, one + 1)) for one in range(classes)]
         gradient = jax.grad(partial(inversion.objective, classifier=case.classifier), has_aux=True)
         self._gradient = jax.jit(gradient)
 
@@ -79,24 +81,24 @@ class Ours:
 
     def at_once(self):
         """The inversion gradients of all classes in one call."""
-        return self._invert(slice(0, len(self.classes)))
+        return jax.block_until_ready(self._invert(self.all))
 
     def in_turn(self):
-        """The same, class after class."""
-        for label in range(len(self.classes)):
-            self._invert(slice(label, label + 1))
+        """The same, class after class; the host waits once, at the end."""
+        return jax.block_until_ready([self._invert(one) for one in self.parts])
 
-    def _invert(self, rows: slice):
-        raw, labels = jax.tree.map(lambda leaf: leaf[rows], (self.raw, self.classes))
-        weights = jnp.full(len(labels), 1e-3)
-        return jax.block_until_ready(self._gradient(raw, weights, labels, self.images, self.models[:1]))
+    def _part(self, rows: slice):
+        return jax.block_until_ready(jax.tree.map(lambda leaf: leaf[rows], (self.raw, self.weights, self.classes)))
+
+    def _invert(self, part):
+        return self._gradient(*part, self.images, self.models[:1])
 
 
 class Theirs(sides.Theirs):
     """The PyTorch twin on the same case, both models in evaluation mode."""
 
-    def __init__(self, case: sides.Case):
-        super().__init__(case)
+    def __init__(self, case: sides.Case, memory_format=None):
+        super().__init__(case, memory_format)
         self.net.eval()
         with sides.torch.no_grad():
             self.before = [net(self.images)[0].argmax(1) for net in (self.net, self.backdoored)]
@@ -135,8 +137,8 @@ class Theirs(sides.Theirs):
         inner = -F.cross_entropy(self.net(self.images + 255 * delta)[0], self.labels) + PENALTY * (delta**2).sum()
         (slope,) = torch.autograd.grad(inner, delta, create_graph=True)
         mapped = delta - MAP_RATE * slope
-        v = torch.zeros_like(delta)
-        for _ in range(TERMS):
+        v = by_delta
+        for _ in range(TERMS - 1):
             v = torch.autograd.grad(mapped, delta, v, retain_graph=True)[0] + by_delta
         more = torch.autograd.grad(mapped, parameters, v)
         return loss.detach(), [one + other for one, other in zip(by_params, more, strict=True)]
@@ -176,10 +178,12 @@ def main() -> None:
     if sides.torch is not None:
         sides.torch.set_num_threads(args.threads)
         theirs = Theirs(case)
+        swapped = Theirs(case, sides.torch.channels_last)
         if args.check:
             print(json.dumps(compare(ours, theirs)))
             return
         work |= {"twin/search": theirs.search, "twin/hypergradient": theirs.hypergradient}
+        work |= {"twin_channels_last/search": swapped.search, "twin_channels_last/hypergradient": swapped.hypergradient}
     work |= {"ours/at_once": ours.at_once, "ours/in_turn": ours.in_turn}
     _, later = sides.alternate(dict(sorted(work.items(), key=lambda item: item[0].split("/")[1])), args.rounds)
     seconds = {name: round(statistics.median(values), 4) for name, values in later.items()}
@@ -190,7 +194,9 @@ def main() -> None:
     record = {
         "nc_ratio": over("ours/in_turn", "ours/at_once"),
         "i_bau_ratio": over("twin/hypergradient", "ours/hypergradient"),
+        "i_bau_ratio_channels_last": over("twin_channels_last/hypergradient", "ours/hypergradient"),
         "sau_ratio": over("twin/search", "ours/search"),
+        "sau_ratio_channels_last": over("twin_channels_last/search", "ours/search"),
         "seconds": seconds,
         "machine": machine(),
         "settings": vars(args),

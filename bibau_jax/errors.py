@@ -33,6 +33,10 @@ class NotApplicable(UserError):
     """A network that a defence cannot treat, e.g. one without the layers that it prunes."""
 
 
+class Diverged(UserError):
+    """A training whose loss or weights are no longer finite."""
+
+
 def unknown(kind: str, name: str, known) -> UserError:
     """The error for a name that is not among those known, e.g. `unknown attack "bagnets"`."""
     return UserError(f'unknown {kind} "{name}"; known: {", ".join(sorted(known))}')

@@ -12,11 +12,32 @@ class Clock:
 
     limit: float = 0.0
     spent: float = 0.0
+    whole: "Clock | None" = None  # of which this one's time is a share
+    has_cut: bool = False  # whether it ended a training before its last epoch
 
     @property
     def is_over(self) -> bool:
         """Whether no further epoch is to begin; the first process decides for all."""
+        if self.whole is not None and self.whole.is_over:
+            return True
         return self.limit > 0 and parallel.agreed(self.spent >= self.limit)
+
+    def share(self, left: int) -> "Clock":
+        """The clock of the next of `left` trainings, which may take an equal share of the time that is left."""
+        rest = self.limit - self.spent
+        return Clock(rest / left, whole=self) if self.limit > 0 and rest > 0 else self
+
+    def take(self, seconds: float) -> None:
+        """Counts time that was spent."""
+        self.spent += seconds
+        if self.whole is not None:
+            self.whole.take(seconds)
+
+    def cut(self) -> None:
+        """Notes that a training was ended before its last epoch."""
+        self.has_cut = True
+        if self.whole is not None:
+            self.whole.cut()
 
 
 @dataclasses.dataclass

@@ -20,7 +20,7 @@ from flax import struct
 from bibau_jax import keys, limits, parallel, progress
 from bibau_jax.checkpoint import Keeper
 from bibau_jax.data.augment import crop_and_flip
-from bibau_jax.errors import UserError
+from bibau_jax.errors import Diverged, UserError
 from bibau_jax.method.terms import cross_entropy
 from bibau_jax.models import Classifier
 from bibau_jax.records import Scalars
@@ -155,7 +155,7 @@ def updated(optimizer: optax.GradientTransformation, grads, opt_state, params) -
 class Journal:
     """Where a stage of training leaves its traces: checkpoints, scalars, progress; how long it may last, what it may cost.
 
-    The default leaves none, has no end and no limit. Parts of a stage share its clock, not its guard.
+    The default leaves none, has no end and no limit. Parts of a stage share its clock, or its time, not its guard.
     """
 
     stage: str = "training"
@@ -165,10 +165,15 @@ class Journal:
     clock: limits.Clock = dataclasses.field(default_factory=limits.Clock)
     guard: limits.Guard = dataclasses.field(default_factory=limits.Guard)
 
-    def part(self, name: str) -> "Journal":
-        """The journal of a training within this stage, with checkpoints of its own."""
+    def part(self, name: str, left: int = 1) -> "Journal":
+        """The journal of a training within this stage, with checkpoints of its own.
+
+        `left` parts are to come, this one among them, each with an equal share of the time that is left.
+        """
         keeper = self.keeper and Keeper(self.keeper.directory / name, self.keeper.every_steps, self.keeper.keep)
-        return dataclasses.replace(self, stage=f"{self.stage}/{name}", keeper=keeper, guard=limits.Guard())
+        return dataclasses.replace(
+            self, stage=f"{self.stage}/{name}", keeper=keeper, guard=limits.Guard(), clock=self.clock.share(left)
+        )
 
 
 def fit(
@@ -198,7 +203,7 @@ def fit(
       whole_epochs: one compiled call per epoch; by default on GPU and TPU. Checkpoints then fall on the ends of epochs.
       history: one dict per epoch, its seconds, the mean of every metric and what `after_epoch` adds.
 
-    Raises `UserError` at a loss that is not finite, naming step and last good checkpoint, which it leaves in place.
+    Raises `Diverged` at a loss that is not finite, naming step and last good checkpoint, which it leaves in place.
     """
     data, frozen = parallel.replicate((data, frozen))
     size = len(jax.tree.leaves(data)[0])
@@ -208,11 +213,14 @@ def fit(
     state, history, tally = run.resume(state)
     whole = parallel.whole_epochs() if whole_epochs is None else whole_epochs
     done = int(state.step)
-    journal.clock.spent += math.fsum(entry["seconds"] for entry in history)
+    journal.clock.take(math.fsum(entry["seconds"] for entry in history))
     with progress.bar(epochs * run.steps, journal.stage, start=done, show=journal.show) as bar:
         for epoch in range(done // run.steps, epochs):
             stopped = stop is not None and history and stop(history)
-            if stopped or journal.clock.is_over or journal.guard.is_over(history):
+            out_of_time = not stopped and journal.clock.is_over
+            if out_of_time:
+                journal.clock.cut()
+            if stopped or out_of_time or journal.guard.is_over(history):
                 if journal.keeper is not None and journal.keeper.latest() != int(state.step):
                     run.save(state, history, tally)
                 break
@@ -228,7 +236,7 @@ def fit(
             entry = tally.means() | (after_epoch(state, epoch) if after_epoch else {})
             seconds = round(time.monotonic() - begun, 3)
             history = [*history, {"epoch": epoch + 1, "step": int(state.step), "seconds": seconds, **entry}]
-            journal.clock.spent += seconds
+            journal.clock.take(seconds)
             if journal.scalars is not None:
                 journal.scalars.write(stage=journal.stage, **history[-1])
             tally = Tally()
@@ -333,7 +341,7 @@ class _Run:
     def _stop(self, what, step):
         latest = self.journal.keeper and self.journal.keeper.latest()
         kept = f"the checkpoint of step {latest} is kept" if latest else "nothing was saved yet"
-        raise UserError(
+        raise Diverged(
             f"{self.journal.stage}: {what} at step {step}; {kept}; "
             "a lower learning rate or smaller penalties, in another --workdir, may help"
         )

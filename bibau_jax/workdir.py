@@ -13,6 +13,7 @@ FREE += ("data.data_dir", "data.manual_dir", "data.download")
 ADDABLE = ("defense.beside", "implant.reuse", "implant.clean_twin", "reactivate.checks")
 
 # Sections of the config, and the folders that settle them.
+SHARED = {"pgd"}  # the section of `defense` that is not a single defence's
 LATER = {"defense": ("purify",), "reactivate": ("reactivate", "verify"), "scan": ("scan",), "verify": ("verify",)}
 
 
@@ -28,8 +29,10 @@ def _without_others(section: dict) -> dict:
 def differences(old: dict, new: dict, ignore=(*FREE, *ADDABLE)) -> list[str]:
     """What differs between two nested configs, as "name: old -> new", apart from the names (and sections) to ignore.
 
+    Sections of defences that neither of them runs do not count, nor those of other attacks and data sets.
     The old one may be of an earlier version of this program, which lacked some of the settings.
     """
+    idle = _sections(old, new) - {f"defense.{name}" for name in _rows(old) | _rows(new)}
     before, after = flat(told_apart_by(old)), flat(told_apart_by(new))
     before |= {name: value for name, value in after.items() if name not in before and as_before(name, value, before)}
     names = sorted(before.keys() | after.keys())
@@ -37,22 +40,35 @@ def differences(old: dict, new: dict, ignore=(*FREE, *ADDABLE)) -> list[str]:
     return [
         f"{name}: {before.get(name)} -> {after.get(name)}"
         for name in changed
-        if not any(name == free or name.startswith(f"{free}.") for free in ignore)
+        if not any(name == free or name.startswith(f"{free}.") for free in (*ignore, *idle))
     ]
+
+
+def _rows(config: dict) -> set[str]:
+    """The defences that a config names, in one word or several."""
+    section = config.get("defense", {})
+    return {section.get("name", ""), *(name.strip() for name in str(section.get("beside") or "").split(","))}
+
+
+def _sections(*configs: dict) -> set[str]:
+    """The sections of single defences, e.g. "defense.nc"."""
+    found = {name for config in configs for name, value in config.get("defense", {}).items() if isinstance(value, dict)}
+    return {f"defense.{name}" for name in found - SHARED}
 
 
 def claim(workdir, config: dict) -> pathlib.Path:
     """The folder as an absolute path, made and marked with this config; a folder of another config or of no run is refused.
 
-    The settings of the defences are free until the first of them has begun, and so are those of the checks that follow: one may
-    implant now and decide later. A trigger that becomes known after all, or was not the right one, may be given to the stage
-    `verify` at any time, which measures anew.
+    The settings of the defences are free until the first of them has begun, a single one's own until that one has, and so are
+    those of the checks that follow: one may implant now and decide later. A trigger that becomes known after all, or was not
+    the right one, may be given to the stage `verify` at any time, which measures anew.
     """
     folder = pathlib.Path(workdir).expanduser().absolute()
     marker = folder / "config.json"
     if marker.exists():
         undecided = [section for section, begun in LATER.items() if not any((folder / one).exists() for one in begun)]
         before = read_config(folder)
+        undecided += [part for part in _sections(before, config) if not (folder / part.replace("defense.", "purify/")).exists()]
         known = before.get("verify", {}).get("trigger")
         if config.get("verify", {}).get("trigger") and (not known or "verify" in config["stages"]):
             undecided.append("verify")

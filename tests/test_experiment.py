@@ -12,10 +12,10 @@ import numpy as np
 import optax
 import pytest
 
-from bibau_jax import attacks, checkpoint, defenses, experiment, keys, records, train, workdir
+from bibau_jax import attacks, checkpoint, defenses, experiment, keys, preflight, records, train, workdir
 from bibau_jax.attacks import badnets, issba
 from bibau_jax.data import splits
-from bibau_jax.errors import NotApplicable, UserError
+from bibau_jax.errors import Diverged, NotApplicable, UserError
 from bibau_jax.stages import checks, evaluate
 from tests import regenerate
 
@@ -493,6 +493,51 @@ def test_every_defence_runs_beside_the_main_one_and_is_measured(finished, tiny_c
     with np.load(tmp_path / "run" / "purify" / "nc" / "evidence.npz") as evidence:
         assert evidence["masks"].shape == (10, 16, 16, 1)
     assert not list((tmp_path / "run").rglob("checkpoints/*"))
+
+
+def test_a_defence_that_diverges_is_told_and_costs_the_others_nothing(finished, tiny_config, tmp_path, monkeypatch, capsys):
+    config, folder, _ = finished
+
+    def diverge(*given, **options):
+        raise Diverged("nad: the loss is nan at step 2")
+
+    monkeypatch.setattr(defenses.get("nad"), "purify", diverge)
+    changes = {"implant.reuse": str(folder), "defense.name": "ft", "reactivate.checks": ""}
+    record = experiment.run(tiny_config(changes | {"defense.beside": "nad,clp"}), str(tmp_path / "run"))
+    assert record.metrics.keys() == {"backdoored", "purified", "clp"}
+    assert record.metrics["backdoored"].extra["diverged"] == {"nad": "nad: the loss is nan at step 2"}
+    assert "purify/nad: diverged: nad: the loss is nan at step 2" in "".join(capsys.readouterr())
+    with pytest.raises(Diverged):
+        experiment.run(tiny_config(changes | {"defense.name": "nad", "defense.beside": ""}), str(tmp_path / "alone"))
+
+
+def test_time_that_runs_out_is_told(finished, tiny_config, tmp_path):
+    _, folder, _ = finished
+    changes = {"implant.reuse": str(folder), "defense.name": "ft", "defense.epochs": 3, "defense.max_seconds": 1e-9}
+    record = experiment.run(tiny_config(changes | {"reactivate.checks": ""}), str(tmp_path / "run"))
+    assert record.metrics["purified"].extra["out_of_time"] is True
+
+
+def test_settings_of_a_defence_that_a_run_does_not_have_are_free(copy, tiny_config):
+    config, folder, record = copy
+    given = tiny_config(WITH_ALL | {"defense.sau.epochs": 3})
+    assert workdir.differences(config, given, ignore=()) == []
+    assert experiment.run(given, str(folder)).metrics == record.metrics
+    with_sau = tiny_config(WITH_ALL | {"defense.beside": "ft,sau", "defense.sau.epochs": 4})
+    told = workdir.differences(given, with_sau, ignore=("defense.beside",))
+    assert told == ["defense.sau.epochs: 3 -> 4"]
+    workdir.claim(folder, with_sau)  # sau has not begun
+    (folder / "purify" / "sau").mkdir()
+    with pytest.raises(UserError, match=r"defense.sau.epochs: 4 -> 5\)"):
+        workdir.claim(folder, tiny_config(WITH_ALL | {"defense.beside": "ft,sau", "defense.sau.epochs": 5}))
+
+
+def test_clean_images_without_a_class_are_refused(tiny_config, tmp_path):
+    run = experiment.Run(tiny_config(), tmp_path)
+    clean = run.splits.clean
+    run.__dict__["splits"] = dataclasses.replace(run.splits, clean=clean.take(clean.labels != 3))
+    with pytest.raises(UserError, match="the defender's clean images have none of class 3, which every defence would forget"):
+        preflight.check(run, ["purify"])
 
 
 def test_the_defenders_images_may_be_a_share_of_the_training_images(tiny_config, tmp_path):

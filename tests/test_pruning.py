@@ -65,6 +65,28 @@ def test_the_threshold_is_the_largest_that_held_out_accuracy_allows(backdoored):
     assert train.accuracy(classifier, unchanged, held_out.images, held_out.labels) >= before
 
 
+@pytest.mark.parametrize("name", ["anp", "rnp"])
+def test_the_threshold_is_chosen_on_held_out_images(name, tiny, tiny_variables, digits, monkeypatch):
+    seen, module = [], defenses.get(name)
+    real = module.by_masks
+
+    def look(classifier, variables, masks, chosen_on, **options):
+        seen.append(chosen_on)
+        return real(classifier, variables, masks, chosen_on, **options)
+
+    monkeypatch.setattr(module, "by_masks", look)
+    clean, held_out = digits.train.take(slice(0, 16)), digits.test.take(slice(0, 8))
+    quick = {"iterations": 2} if name == "anp" else {"unlearn_epochs": 1, "recover_epochs": 1}
+    module.purify(keys.root(0), tiny, tiny_variables, clean, held_out=held_out, batch_size=8, **quick)
+    assert len(seen) == 1 and seen[0] is held_out
+
+
+def test_poisoned_images_of_another_size_are_refused(tiny, tiny_variables, some):
+    small = dataclasses.replace(some, images=some.images[:, :12])
+    with pytest.raises(UserError, match=r"poisoned training images are \[12, 16, 1\], the network takes \[16, 16, 1\]"):
+        ep.purify(keys.root(0), tiny, tiny_variables, poisoned=small)
+
+
 @pytest.mark.parametrize("name", PRUNERS)
 def test_a_network_without_norms_is_not_applicable(name, tiny, tiny_variables, some):
     bare = dataclasses.replace(tiny, norms=())

@@ -289,6 +289,28 @@ def test_the_time_of_a_stage_is_shared_by_its_parts_and_counts_that_before_a_kil
     anew = train.Journal(keeper=Keeper(tmp_path, 100), clock=limits.Clock(1e-9))
     assert len(count(epochs=4, journal=anew.part("first"))[1]) == 1 and anew.clock.is_over
     assert len(count(epochs=4, journal=train.Journal(clock=limits.Clock(3600)))[1]) == 4
+    assert journal.clock.has_cut and anew.clock.has_cut
+
+
+def test_every_part_of_a_stage_has_an_equal_share_of_the_time_that_is_left():
+    clock = limits.Clock(60.0)
+    first = clock.share(3)
+    assert first.limit == 20 and not first.is_over
+    first.take(30.0)  # an epoch is not broken off
+    assert first.is_over and not clock.is_over and clock.spent == 30
+    second = clock.share(2)
+    assert second.limit == 15
+    second.cut()
+    assert clock.has_cut and not first.has_cut
+    second.take(31.0)
+    assert clock.share(1).is_over and clock.is_over
+    assert limits.Clock().share(2).limit == 0  # no end has no share
+
+
+def test_a_training_that_ends_of_itself_was_not_cut():
+    journal = train.Journal(clock=limits.Clock(3600.0))
+    count(epochs=1, journal=journal)
+    assert not journal.clock.has_cut
 
 
 @struct.dataclass

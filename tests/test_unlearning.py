@@ -50,6 +50,37 @@ def test_the_hypergradient_is_the_finite_difference_through_the_minimum():
             assert found[place] == pytest.approx(float(apart) / 2e-5, rel=1e-6)
 
 
+@pytest.mark.parametrize("terms", [1, 2, 5])
+def test_the_hypergradient_takes_as_many_terms_of_the_neumann_series_as_it_is_told(terms):
+    rng = np.random.default_rng(1)
+    with jax.enable_x64(True):
+        hessian, mixed = jnp.asarray(np.diag([0.5, 1.0, 3.0])), jnp.asarray(rng.normal(size=(3, 2)))
+        delta, theta, rate = jnp.asarray(rng.normal(size=3)), jnp.asarray(rng.normal(size=2)), 0.2
+
+        def inner(delta, theta):
+            return delta @ hessian @ delta / 2 + delta @ mixed @ theta
+
+        def outer(delta, theta):
+            return jnp.sum(jnp.sin(delta)) + jnp.sum(theta**2)
+
+        _, found = i_bau.hypergradient(outer, inner, delta, theta, rate=rate, terms=terms)
+        series = sum(np.linalg.matrix_power(np.eye(3) - rate * hessian, k) @ np.cos(delta) for k in range(terms))
+        np.testing.assert_allclose(found, 2 * theta - rate * mixed.T @ series, rtol=1e-12)
+
+
+def test_the_universal_perturbation_is_sought_from_zero_each_round(tiny, tiny_variables, digits, monkeypatch):
+    seen, ascend = [], i_bau.inner_step
+
+    def look(delta, *given, **options):
+        jax.debug.callback(lambda value: seen.append(float(np.abs(value).max())), delta)
+        return ascend(delta, *given, **options)
+
+    monkeypatch.setattr(i_bau, "inner_step", look)
+    i_bau.purify(keys.root(0), tiny, tiny_variables, digits.train.take(slice(0, 40)), epochs=3, batch_size=20)
+    jax.effects_barrier()
+    assert [value == 0 for value in seen] == [True, False] * 3
+
+
 def test_the_universal_perturbation_goes_up_within_its_ball(tiny, tiny_variables, digits):
     images = digits.train.images[:20]
     labels = train.predict(tiny, tiny_variables, images)
@@ -218,6 +249,70 @@ def test_as_many_images_are_replaced_as_the_share_says_and_one_more(batch):
     mixed = bti_dbf.replaced(images, keys.root(0), {}, generate=lambda params, pixels: pixels - 7, share=0.3)
     changed = np.asarray((mixed != images).any((1, 2, 3)))
     assert changed.sum() == int(0.3 * 8) + 1
+
+
+@pytest.mark.parametrize("name", ["bti_dbf", "pam"])
+def test_rounds_go_on_from_each_other_but_look_back_at_the_backdoored_model(name, tiny, tiny_variables, digits, monkeypatch):
+    """The path of PAM begins at the backdoored weights in every round; the class is asked for from the second round on."""
+    given, real = [], train.fit
+
+    def once(step, state, data, *, epochs, frozen=(), journal, **options):
+        given.append((journal.stage.rpartition("/")[2], frozen))
+        state, history = real(step, state, data, epochs=1, frozen=frozen, journal=journal, **options)
+        return state, history
+
+    monkeypatch.setattr(bti_dbf.train, "fit", once)
+    monkeypatch.setattr(bti_dbf, "_mostly", lambda *rest: 3)
+    images = digits.train.take(slice(0, 16))
+    before = jax.tree.map(np.array, tiny_variables)
+    defenses.get(name).purify(keys.root(0), tiny, tiny_variables, images, rounds=2, batch_size=8, width=4)
+    told = dict(given)
+    assert [told[f"round{n}_generator"][2] for n in (0, 1)] == [-1, 3]
+    for number in (0, 1):
+        anchor = told[f"round{number}_unlearn"]["backdoored"]
+        assert all(jax.tree.leaves(jax.tree.map(np.array_equal, anchor, before)))
+    now = told["round1_mask"]["params"]
+    assert not all(jax.tree.leaves(jax.tree.map(np.array_equal, now, before["params"])))
+
+
+def test_images_are_reversed_towards_the_class_that_is_asked_for(tiny, tiny_variables, batch):
+    images, labels = batch
+    scale, optimizer = bti_dbf.scale_of(np.asarray(images)), optax.sgd(1.0)
+    _, features = bti_dbf.feature_map(tiny, tiny_variables, images)
+    mask, state = (
+        jnp.full((1, *features.shape[1:]), 0.5),
+        train.new_state({"params": {"shift": 3.0}, "batch_stats": {}}, optimizer),
+    )
+
+    def loss(target):
+        _, told = bti_dbf.reversal_step(
+            state,
+            (tiny_variables, mask, target),
+            {"images": images, "labels": labels},
+            keys.root(0),
+            classifier=tiny,
+            generate=lambda params, pixels: pixels + params["shift"],
+            scale=scale,
+            optimizer=optimizer,
+            prepare=lambda key, batch: batch["images"],
+        )
+        return float(told["loss"])
+
+    towards = cross_entropy(tiny.apply(tiny_variables, images + 3.0).logits, jnp.full(len(images), 2)).mean()
+    assert loss(np.int32(2)) - loss(np.int32(-1)) == pytest.approx(float(towards), rel=1e-4)
+
+
+def test_nads_rate_falls_to_a_tenth_after_two_epochs(tiny, tiny_variables, digits, monkeypatch):
+    rates, real = [], train.sgd
+
+    def look(rate, **options):
+        rates.append(rate)
+        return real(rate, **options)
+
+    monkeypatch.setattr(nad.train, "sgd", look)
+    nad.purify(keys.root(0), tiny, tiny_variables, digits.train.take(slice(0, 32)), epochs=1, teacher_epochs=1, batch_size=8)
+    student = rates[-1]
+    assert [round(float(student(step)), 6) for step in (0, 7, 8, 79, 80)] == [0.1, 0.1, 0.01, 0.01, 0.001]
 
 
 @pytest.mark.parametrize("name", ["nad", "bti_dbf", "pam"])

@@ -271,6 +271,8 @@ def by_rounds(
         pixels = crop_and_flip(keys.stream(key, "augment"), batch["images"], padding=padding, flip=flip)
         return pixels.astype(jnp.float32)
 
+    left = iter(range(3 * rounds + 1, 0, -1))
+
     def fit(name, step, state, frozen, *, phase, after=None, **options):
         return train.fit(
             partial(step, classifier=classifier, prepare=prepare, **options),
@@ -281,7 +283,7 @@ def by_rounds(
             batch_size=batch_size,
             frozen=frozen,
             after_epoch=after,
-            journal=journal.part(name),
+            journal=journal.part(name, next(left)),
         )
 
     reverse = jax.jit(generate)

@@ -11,7 +11,7 @@ import numpy as np
 from bibau_jax import keys, train
 from bibau_jax.data import ImageSet
 from bibau_jax.data.augment import crop_and_flip
-from bibau_jax.defenses.protocol import Informed
+from bibau_jax.defenses.protocol import Informed, check_images
 from bibau_jax.defenses.pruning import check_network, count, given, outliers, prune
 from bibau_jax.errors import UserError
 from bibau_jax.models import Classifier
@@ -74,6 +74,7 @@ def purify(
     check(classifier.num_classes, images=images, width=width, u=u)
     if len(poisoned) < 2:
         raise UserError("ep needs poisoned training images, at least two of them")
+    check_images(classifier, poisoned, "poisoned training images")
     order = np.asarray(jax.random.permutation(keys.stream(key, "images"), len(poisoned)))[:images]
     pixels = crop_and_flip(keys.stream(key, "augment"), poisoned.images[order], padding=padding, flip=flip)
     variables = jax.device_get(variables)

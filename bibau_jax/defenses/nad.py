@@ -95,7 +95,7 @@ def purify(
         classifier,
         variables,
         clean,
-        journal=journal.part("teacher"),
+        journal=journal.part("teacher", 2),
         epochs=teacher_epochs,
         learning_rate=teacher_rate,
         **shared,

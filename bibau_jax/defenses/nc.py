@@ -105,7 +105,7 @@ def purify(
         **searching,
         padding=padding,
         flip=flip,
-        journal=journal.part("inversion"),
+        journal=journal.part("inversion", 2),
     )
     # As in the authors' code: of the masks that are kept, also of those that never reached enough images.
     triggers = triggers._replace(sizes=triggers.masks.sum((1, 2, 3)).astype(float))

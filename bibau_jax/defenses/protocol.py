@@ -51,10 +51,15 @@ def check_clean(classifier: Classifier, clean: ImageSet) -> None:
     """Refuses a clean set that is empty, of another image shape, or with labels outside the classes."""
     if not len(clean):
         raise UserError("the defender's clean set is empty")
-    if clean.images.shape[1:] != classifier.image_shape:
-        raise UserError(f"clean images are {list(clean.images.shape[1:])}, the network takes {list(classifier.image_shape)}")
+    check_images(classifier, clean, "clean images")
     if clean.labels.min() < 0 or clean.labels.max() >= classifier.num_classes:
         raise UserError(f"labels of the clean set lie outside the network's {classifier.num_classes} classes")
+
+
+def check_images(classifier: Classifier, given: ImageSet, what: str) -> None:
+    """Refuses images of another shape than the network's; `what` they are, for the message."""
+    if given.images.shape[1:] != classifier.image_shape:
+        raise UserError(f"{what} are {list(given.images.shape[1:])}, the network takes {list(classifier.image_shape)}")
 
 
 def as_data(images: ImageSet) -> dict[str, np.ndarray]:

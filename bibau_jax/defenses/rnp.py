@@ -111,7 +111,7 @@ def purify(
         epochs=unlearn_epochs,
         batch_size=batch_size,
         stop=lambda history: history[-1]["accuracy"] <= unlearned,
-        journal=journal.part("unlearn"),
+        journal=journal.part("unlearn", 2),
     )
     unlearned_model, down = jax.device_get(state.variables), optax.sgd(recover_rate, momentum or None)
     calm = {"epsilon": 0.0, "noise_steps": 1, "alpha": alpha}  # ANP's step without noise is alpha CE under the masks

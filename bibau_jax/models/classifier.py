@@ -89,7 +89,12 @@ class Classifier:
         return at(params, self.head)["kernel"]
 
     def in_float32(self) -> "Classifier":
-        """The same network computing in float32 throughout."""
+        """The same network computing in float32 throughout; one without a field `dtype` is as it is.
+
+        A module without that field has one way to compute, and that is its own.
+        """
+        if "dtype" not in {field.name for field in dataclasses.fields(self.module)}:
+            return self
         return dataclasses.replace(self, module=self.module.clone(dtype=jnp.float32))
 
 

@@ -183,11 +183,21 @@ def markdown(found: dict, text: str = f"{OPEN}\n{CLOSE}") -> str:
         if line["variant"] > 1:
             model = f"{_cell(line['model'])}, " if several else ""
             note += f"\n\n{model}{_names(line)[3]}, {words.attack(line['attack'])}: {_cell(line['settings'])}."
+    for kind in ("not_applicable", "diverged"):
+        for name in sorted(found):
+            for defense, reason in (_left_out(found[name]).get(kind) or {}).items():
+                note += f"\n\n{words.defense(defense)} {kind.replace('_', ' ')} in {_cell(name)}: {_cell(reason)}"
     head = f"{text}\n\n<!-- made from records by bibau_jax.report.tables; only the text above is written by hand -->\n"
     first = glance(lines)
     first = f"## At a glance\n\nR-ASR by attack, percent, after the averages over all of them.\n\n{first}\n" if first else ""
     body = f"{first}## Summary\n\n{_summary_table(lines)}\n{note}\n\n## Every run\n\n{_rows_table(made)}"
     return f"{head}\n{body}\n## Machines and commands\n\n{_machines(found)}"
+
+
+def _left_out(record) -> dict:
+    """The defences of a record that gave no model, and why, by kind."""
+    before = words.backdoored(record)
+    return before.extra if before is not None else {}
 
 
 def write(folder, out) -> tuple[list[Path], list[str]]:

@@ -39,8 +39,7 @@ def run(this: Run, command: str) -> None:
         return
     attack, _ = attack_as_trained(this)
     test, metrics, predict = this.measured, {}, partial(train.predict, this.classifier)
-    unfit = purify.unfit(this)
-    left_out = {"not_applicable": unfit} if unfit else {}
+    left_out = purify.failures(this)
     with cost.measure() as spent:
         triggered, aims = attack.stamp(test.images, test.ids), attack.aim(test.labels)
         with progress.bar(len(wanted), "evaluate", unit="model", show=parallel.is_lead()) as bar:
@@ -98,7 +97,8 @@ def models(this: Run) -> dict[str, Measured]:
     found = {row: stage for row, stage in wanted.items() if (this.folder / stage / "model").exists()}
     if this.config["implant"]["clean_twin"] not in ("train", "none"):
         found |= {"clean": "clean"}
-    if missing := [stage for row, stage in wanted.items() if row not in (*found, *purify.unfit(this))]:
+    failed = {row for of_kind in purify.failures(this).values() for row in of_kind}
+    if missing := [stage for row, stage in wanted.items() if row not in found and row not in failed]:
         progress.say(f"evaluate: without {', '.join(missing)}, not done yet", show=parallel.is_lead())
     stages = {"none": "implant"} | found
     return {row: Measured(_name(this, row), _label(this, row), stage) for row, stage in stages.items()}

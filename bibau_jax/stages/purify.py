@@ -4,51 +4,58 @@ import dataclasses
 
 from bibau_jax import checkpoint, defenses, keys, limits, parallel, progress, records, train
 from bibau_jax.data import ImageSet
-from bibau_jax.errors import NotApplicable, UserError
+from bibau_jax.errors import Diverged, NotApplicable, UserError
 from bibau_jax.metrics import cost
 from bibau_jax.run import Run, attack_as_trained, finish, is_done, load_model, write_arrays
 from bibau_jax.stages.implant import poisoned_split
 
 AIMED = ("bibau_t", "bibau_u", "base_at")  # can be told which class is the attacker's
-UNFIT = "not_applicable.txt"  # in the folder of a defence that cannot treat the network: why
+# In the folder of a defence beside the main one that gave no model, by the error that says why.
+FAILED = {NotApplicable: "not_applicable", Diverged: "diverged"}
 
 
 def run(this: Run, command: str) -> None:
     """Runs the main defence and those beside it, each on the backdoored model and the defender's clean images."""
     variables, _, _ = load_model(this, "implant")
-    left_out = unfit(this)
+    left_out = {failed for found in failures(this).values() for failed in found}
     for row in this.rows:
         stage = f"purify/{row}"
         if is_done(this, stage, command):
             continue
         if row in left_out:
-            progress.say(f"{stage}: not applicable", show=parallel.is_lead())
+            progress.say(f"{stage}: left out, as before", show=parallel.is_lead())
             continue
         clock, guard = limits.Clock(this.config["defense"]["max_seconds"]), _guard(this, stage, variables)
         journal = dataclasses.replace(this.journal(stage), clock=clock, guard=guard)
         try:
             with cost.measure() as spent:
                 purified = apply(this, row, variables, journal)
-        except NotApplicable as reason:
+        except tuple(FAILED) as reason:  # one of many must not cost the others their numbers
             if row == this.config["defense"]["name"]:
                 raise
-            progress.say(f"{stage}: not applicable: {reason}", show=parallel.is_lead())
+            kind = FAILED[type(reason)]
+            progress.say(f"{stage}: {kind.replace('_', ' ')}: {reason}", show=parallel.is_lead())
             if parallel.is_lead():
                 (this.folder / stage).mkdir(parents=True, exist_ok=True)
-                records.write_text(this.folder / stage / UNFIT, f"{reason}\n")
-            parallel.wait("not applicable")
+                records.write_text(this.folder / stage / f"{kind}.txt", f"{reason}\n")
+            parallel.wait("left out")
             continue
         for name, arrays in (("samples", purified.samples), ("evidence", purified.evidence)):
             if arrays is not None:
                 write_arrays(this.folder / stage / f"{name}.npz", arrays)
-        told = _told(this, purified, guard)
+        told = _told(this, purified, guard) | ({"out_of_time": True} if clock.has_cut else {})
+        if clock.has_cut:
+            progress.say(f"{stage}: defense.max_seconds ended it before its last epoch", show=parallel.is_lead())
         finish(this, stage, {"variables": purified.variables}, purified.history, spent, command, told=told)
 
 
-def unfit(this: Run) -> dict[str, str]:
-    """The defences that could not treat the network, and why."""
-    places = {row: this.folder / "purify" / row / UNFIT for row in this.rows}
-    return {row: path.read_text().strip() for row, path in places.items() if path.exists()}
+def failures(this: Run) -> dict[str, dict[str, str]]:
+    """The defences that gave no model, and why, by kind: {"not_applicable": {"clp": "..."}}; kinds without any are left out."""
+    found = {}
+    for kind in FAILED.values():
+        places = {row: this.folder / "purify" / row / f"{kind}.txt" for row in this.rows}
+        found[kind] = {row: path.read_text().strip() for row, path in places.items() if path.exists()}
+    return {kind: of_kind for kind, of_kind in found.items() if of_kind}
 
 
 def _guard(this: Run, stage: str, variables) -> limits.Guard:

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from bibau_jax import grid
 
-# Fewer rounds, shorter, at higher rates; the generator of half the width.
+# Fewer rounds, shorter, at higher rates; the generator of a quarter of the width.
 REVERSED = {
-    "rounds": 3,
-    "pretrain_epochs": 20,
+    "rounds": 2,
+    "pretrain_epochs": 10,
     "mask_epochs": 10,
-    "generator_epochs": 15,
+    "generator_epochs": 10,
     "epochs": 10,
-    "width": 16,
+    "width": 8,
     "batch_size": 64,
 }
 CANDIDATES = {
