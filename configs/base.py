@@ -240,6 +240,7 @@ def defense() -> ConfigDict:
 
     # The others, each with its authors' settings; what a section lacks is taken from above
     config.nc = ConfigDict({"inversion_epochs": 80, "inversion_rate": 0.1, "limit": 2.0})  # limit of the anomaly index
+    config.nc.at_most = 0.0  # of the median mask's size, for a mask to be flagged; 0 as in the paper: any
     config.nc.share = 0.2  # of the clean images that carry the inverted trigger in unlearning
     config.nc.enough = 0.99  # share of images that a trigger must send to its class
     config.nc.patience = 5  # epochs before the mask's weight changes

@@ -197,6 +197,19 @@ def test_a_model_in_which_no_class_stands_out_is_given_back(backdoored, monkeypa
     assert all(jax.tree.leaves(same))
 
 
+@pytest.mark.parametrize("smallest, at_most, flagged", [(35.0, 0.0, [4]), (35.0, 0.5, []), (20.0, 0.5, [4])])
+def test_a_mask_may_have_to_be_much_smaller_than_the_others(smallest, at_most, flagged, backdoored, monkeypatch):
+    sizes = np.array([50.0, 51, 52, 53, smallest, 54, 55, 50, 51, 52])
+    masks = np.ones((10, 16, 16, 1)) * sizes[:, None, None, None] / 256
+    found = inversion.Triggers(masks, np.ones((10, 16, 16, 1)), sizes, np.ones(10))
+    monkeypatch.setattr(nc, "invert", lambda *given, **options: (found, []))
+    given = (keys.root(0), backdoored.classifier, backdoored.variables, backdoored.clean)
+    told = nc.purify(*given, at_most=at_most, epochs=1).told
+    assert told["flagged"] == flagged and told["suspected"] == 4
+    assert told["relative_size"] == pytest.approx(smallest / 51.5)
+    assert told["anomaly_index"] > 2
+
+
 @pytest.mark.parametrize(
     "options", [{"enough": 0.0}, {"inversion_epochs": 0}, {"stop_after": 0}, {"share": 0.0}, {"limit": -1.0}, {"memory": -1.0}]
 )

@@ -98,6 +98,7 @@ def test_the_verdicts_of_neural_cleanse_are_counted_likewise(tmp_path):
         record = told(number, innocent=number > 0, index=9.0)
         record["config"]["defense"] = {"nc": {"limit": 1.5}}
         verdict = {"defense": "nc", "model_sha256": "another", "flagged": flagged, "anomaly_index": 2.5, "suspected": 3}
+        verdict |= {"relative_size": 0.4 if number == 0 else 0.7}
         record["metrics"]["nc"] = {**record["metrics"]["backdoored"], **verdict}
         (tmp_path / "records" / f"{number}.json").write_text(json.dumps(record))
     assert scans.main([str(tmp_path / "records"), "--out", str(tmp_path / "nc"), "--of", "nc"]) == 0
@@ -106,3 +107,5 @@ def test_the_verdicts_of_neural_cleanse_are_counted_likewise(tmp_path):
     assert {row["limit"] for row in rows} == {1.5} and {row["anomaly_index"] for row in rows} == {2.5}
     page = (tmp_path / "nc.md").read_text()
     assert "## What NC flagged" in page and "(nc.png)" in page and "1 of 2" in page
+    assert "(`defense.nc.at_most=0.5`): 0 of 2 (0 %" in page and "of the clean models, 1 of 1 (100 %" in page
+    assert page.count(" 0.70 |") == 2

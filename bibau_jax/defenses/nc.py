@@ -32,6 +32,7 @@ def check(
     share: float = 0.2,
     epochs: int = 20,
     limit: float = 2.0,
+    at_most: float = 0.0,
     memory: float = 8.0,
     schedule: str = "cosine",
     inversion_epochs: int = 80,
@@ -41,8 +42,8 @@ def check(
     **others,
 ) -> None:
     """Raises `UserError` on settings that `purify` cannot use."""
-    if not 0 < share <= 1 or epochs < 1 or limit <= 0 or memory < 0:
-        raise UserError("nc needs share within 0..1, at least one epoch, a positive limit and memory of at least 0")
+    if not 0 < share <= 1 or epochs < 1 or limit <= 0 or memory < 0 or at_most < 0:
+        raise UserError("nc needs share within 0..1, at least one epoch, a positive limit, memory and at_most of at least 0")
     train.learning_rate_schedule(schedule, 1.0, 1)  # refuses an unknown name
     check_search(inversion_epochs, enough, patience, stop_after)
 
@@ -63,6 +64,7 @@ def purify(
     stop_after: int = 25,
     memory: float = 8.0,
     limit: float = 2.0,
+    at_most: float = 0.0,
     share: float = 0.2,
     epochs: int = 20,
     learning_rate: float = 0.01,
@@ -77,9 +79,12 @@ def purify(
     Args:
       enough, patience, stop_after: see `inversion.together`. memory: see `inversion.invert`.
       limit: of the anomaly index (the paper: 2).
+      at_most: of the median mask's size, for a mask to be flagged; 0, the paper's form, asks for the index alone. Ours, because
+        where the masks of a clean model are nearly alike one that is a little smaller passes the index.
       share: of the clean images that carry flagged triggers, true labels kept (0.2). The rest is fine-tuning.
 
-    `told` holds the classes flagged, the largest index and its class; `evidence` masks and patterns of all classes.
+    `told` holds the classes flagged, the largest index, its class and that mask's size over the median's; `evidence` masks and
+    patterns of all classes.
     """
     check_clean(classifier, clean)
     searching = {"enough": enough, "patience": patience, "stop_after": stop_after}
@@ -88,6 +93,7 @@ def purify(
         share=share,
         epochs=epochs,
         limit=limit,
+        at_most=at_most,
         memory=memory,
         schedule=schedule,
         inversion_epochs=inversion_epochs,
@@ -110,9 +116,10 @@ def purify(
     # As in the authors' code: of the masks that are kept, also of those that never reached enough images.
     triggers = triggers._replace(sizes=triggers.masks.sum((1, 2, 3)).astype(float))
     index = anomaly(triggers.sizes)
-    flagged = np.flatnonzero(index > limit)
+    relative = triggers.sizes / max(np.median(triggers.sizes), 1e-9)
+    flagged = np.flatnonzero((index > limit) & ((at_most == 0) | (relative <= at_most)))
     told = {"flagged": flagged.tolist(), "anomaly_index": float(index.max()) if np.isfinite(index.max()) else 0.0}
-    told |= {"suspected": int(index.argmax())}
+    told |= {"suspected": int(index.argmax()), "relative_size": float(relative[index.argmax()])}
     evidence = triggers._asdict() | {"index": index}
     if not len(flagged):
         return Purified(jax.device_get(variables), history, told=told, evidence=evidence)

@@ -19,6 +19,7 @@ from bibau_jax.report import pictures, series, tables, words
 
 NAME = "scan_rates.json"  # in this package: what pages say of the scan's reliability; made with --rates
 CLEAN = "clean"
+SMALL = 0.5  # of the median mask's size: what NC's verdicts are also counted with
 OF = {"scan": "the scan", "nc": "NC"}  # whose verdicts are counted
 # What a scan may end with.
 ENDS = {"target": "The attack’s class", "other": "Only another class", "nothing": "Nothing", "unknown": "It could not tell"}
@@ -61,6 +62,7 @@ def rows(found: dict, of: str = "scan") -> list[dict]:
                 "limit": limit,
                 "record": name,
             }
+            | {key: scan[key] for key in ("relative_size",) if key in scan}
         )
     return sorted(made, key=_place)
 
@@ -121,6 +123,15 @@ def markdown(made, text: str, of: str = "scan", drawn: str = "scan.png") -> str:
         said.append(
             "An index above the limit (dashed) is flagged only where the patch is much smaller than the other classes’."
         )
+    if sized := [row for row in made if "relative_size" in row]:
+        small = [row for row in sized if row["flagged"] and row["relative_size"] <= SMALL]
+        clean = [row for row in sized if row["attack"] == CLEAN]
+        struck = [row for row in small if row["end"] == "target" and row["suspected"] in row["flagged"]]
+        said.append(
+            f"Only masks of at most {SMALL:g} of the median’s size flagged (`defense.nc.at_most={SMALL:g}`): "
+            f"{_share(sum(row in clean for row in small), len(clean))} of the clean models"
+            + (f", {_share(len(struck), len(sized) - len(clean))} of the backdoored ones." if len(sized) > len(clean) else ".")
+        )
     said.append("Wilson’s 95 % intervals. A model that several runs share is counted once.")
     each = [
         (words.dataset(row["dataset"]), _attack(row), row["seed"], words.number(row["anomaly_index"], 2), row["suspected"])
@@ -128,6 +139,9 @@ def markdown(made, text: str, of: str = "scan", drawn: str = "scan.png") -> str:
         for row in made
     ]
     columns = ("Data set", "Attack", "Seed", "Largest anomaly index", "Of class", "Flagged", "Which is", "Record")
+    if sized:
+        columns += ("Its size, of the median",)
+        each = [(*line, words.number(row.get("relative_size"), 2)) for line, row in zip(each, made, strict=True)]
     return (
         f"{text}\n\n<!-- made from records by bibau_jax.report.scans; only the text above is written by hand -->\n\n"
         f"## What {OF[of]} flagged\n\n{tables.markdown_table(headings, 3, body)}\n{' '.join(said)}\n\n"
