@@ -191,6 +191,12 @@ def reactivate() -> ConfigDict:
     return config
 
 
+def tune_as_long(config: ConfigDict) -> None:
+    """Lets FT and Neural Cleanse's unlearning take as many epochs as the other defences, until they are set themselves."""
+    for name in ("ft", "nc"):
+        config.defense[name].epochs = config.defense.get_ref("epochs") + 0
+
+
 def defense() -> ConfigDict:
     """Settings of the defences; each takes those that its `purify` names."""
     config = ConfigDict()
@@ -239,7 +245,9 @@ def defense() -> ConfigDict:
     config.fisher_chunk = 32  # per-example gradients held at a time on a device
 
     # The others, each with its authors' settings; what a section lacks is taken from above
+    config.ft = ConfigDict({"epochs": 100})  # BackdoorBench's, as nc's in unlearning
     config.nc = ConfigDict({"inversion_epochs": 80, "inversion_rate": 0.1, "limit": 2.0})  # limit of the anomaly index
+    config.nc.epochs = 100
     config.nc.at_most = 0.0  # of the median mask's size, for a mask to be flagged; 0 as in the paper: any
     config.nc.share = 0.2  # of the clean images that carry the inverted trigger in unlearning
     config.nc.enough = 0.99  # share of images that a trigger must send to its class
@@ -281,6 +289,7 @@ def defense() -> ConfigDict:
     config.i_bau.radius = 10.0  # of the perturbation, L2 on the 0..1 scale; 0 for none
     config.i_bau.share = 0.01  # of a batch's images that carry it
     config.i_bau.terms = 5  # of the Neumann series
+    config.i_bau.amsgrad = False  # BackdoorBench's form of Adam; with it a learning rate of 1e-4, batches of 256
     config.sau = ConfigDict({"epochs": 100, "batch_size": 256, "learning_rate": 1e-4})
     config.sau.epsilon = 51.0  # l-infinity, 0..255
     config.sau.step_size = 51.0
@@ -289,6 +298,7 @@ def defense() -> ConfigDict:
     config.sau.lambda_shared = 1.0
     config.sau.lambda_unlearning = 1.0
     config.sau.train_mode = False  # BatchNorm on batch statistics in the update
+    config.sau.clip = True  # keep images within 0..255; the authors' code does not
     config.nad = ConfigDict({"epochs": 20, "batch_size": 64, "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 1e-4})
     config.nad.teacher_epochs = 10
     config.nad.teacher_rate = 0.01

@@ -45,6 +45,7 @@ def get_config(attack: str = "badnets"):
     config.reactivate.bec.layers = 4  # the deeper half, as the paper's 10 of 20: in shallow ones noise decides
     config.reactivate.query.epochs = 20  # with the paper's 50 the checks take longer than the purification
     config.defense.epochs = 8
+    base.tune_as_long(config)
     config.defense.batch_size = 64
     config.defense.learning_rate = 0.03
     config.defense.pgd.steps = 5

@@ -53,6 +53,7 @@ def get_config(attack: str = "badnets"):
     config.reactivate.query.epochs = 30
     config.reactivate.query.hidden = 256
     config.defense.epochs = 30
+    base.tune_as_long(config)
     config.defense.batch_size = 48  # 2, 4, 8 or 16 devices can share it
     config.defense.learning_rate = 0.1
     config.defense.pgd.steps = 5

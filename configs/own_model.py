@@ -29,6 +29,7 @@ def get_config():
     # Taught in part what the suspicious model makes of clean images: it costs less accuracy, and leaves more of some triggers.
     config.defense.softened = 0.5
     config.defense.epochs = 12
+    base.tune_as_long(config)
     config.defense.batch_size = 64
     config.defense.learning_rate = 0.03
     config.defense.pgd.steps = 5

@@ -17,6 +17,8 @@ def get_config(attack: str = "badnets"):
     config.model.std = (0.2302, 0.2265, 0.2262)
     config.defense.clp.u = 5.0  # the authors' for 200 classes
     config.defense.sau.epochs = 20
+    config.defense.ft.epochs = 200
+    config.defense.nc.epochs = 200
     config.attack.name = attack
     config.attack.sig.class_share = 0.5  # of the 500 images of class 0, as on CIFAR-10
     return config

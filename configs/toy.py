@@ -25,6 +25,7 @@ def get_config(name: str = "cifar10"):
     config.implant.schedule = "one_cycle"
     config.defense.beside = "ft"
     config.defense.epochs = 2
+    config.defense.ft.epochs = config.defense.nc.epochs = 2
     config.defense.batch_size = 48
     config.defense.pgd.steps = 3
     config.reactivate.checks = "retuning,bec"

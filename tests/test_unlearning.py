@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from bibau_jax import defenses, keys, parallel, train
+from bibau_jax import defenses, keys, models, parallel, train
 from bibau_jax.defenses import bti_dbf, i_bau, nad, pam, sau
 from bibau_jax.errors import NotApplicable
 from bibau_jax.method import pgd
@@ -105,6 +105,16 @@ def test_i_bau_leaves_running_statistics_alone(backdoored):
     assert all(jax.tree.leaves(same)) and found.history[-1]["perturbation"] <= 10 + 1e-4
 
 
+def test_i_bau_with_amsgrad_takes_pytorchs(tiny, tiny_variables, digits, monkeypatch):
+    rates, real = [], train.amsgrad
+    monkeypatch.setattr(train, "amsgrad", lambda rate: rates.append(rate) or real(rate))
+    clean, settings = digits.train.take(slice(0, 40)), {"epochs": 1, "batch_size": 20}
+    i_bau.purify(keys.root(0), tiny, tiny_variables, clean, **settings)
+    assert rates == []
+    i_bau.purify(keys.root(0), tiny, tiny_variables, clean, **settings, amsgrad=True, learning_rate=1e-4)
+    assert rates == [1e-4]
+
+
 # --- SAU
 
 
@@ -146,7 +156,8 @@ def test_only_images_that_the_backdoored_model_was_led_astray_by_are_unlearned()
     assert float(loss) == pytest.approx((-np.log(1 - chance) - np.log(1 - chance)) / 2 / 3, rel=1e-3)
 
 
-def test_the_shared_perturbation_stays_within_its_bound(tiny, tiny_variables, batch, monkeypatch):
+@pytest.mark.parametrize("clip", [True, False])
+def test_the_shared_perturbation_stays_within_its_bound(clip, tiny, tiny_variables, batch, monkeypatch):
     images, labels = batch
     seen, search = [], pgd.adversarial_images
 
@@ -165,12 +176,14 @@ def test_the_shared_perturbation_stays_within_its_bound(tiny, tiny_variables, ba
         keys.root(0),
         classifier=tiny,
         optimizer=optimizer,
-        attack={"epsilon": 51.0, "step_size": 51.0, "steps": 3},
+        attack={"epsilon": 51.0, "step_size": 51.0, "steps": 3, "clip": clip},
         train_mode=False,
         lambdas={"lambda_adversarial": 0.01, "lambda_shared": 1.0},
         lambda_unlearning=1.0,
     )
-    assert np.abs(seen[0] - images).max() <= 51 + 1e-4 and seen[0].min() >= 0 and seen[0].max() <= 255
+    assert np.abs(seen[0] - images).max() <= 51 + 1e-4
+    within = seen[0].min() >= 0 and seen[0].max() <= 255
+    assert within == clip  # digits are black and white, so that a free perturbation leaves the range
 
 
 # --- NAD
@@ -315,11 +328,34 @@ def test_nads_rate_falls_to_a_tenth_after_two_epochs(tiny, tiny_variables, digit
     assert [round(float(student(step)), 6) for step in (0, 7, 8, 79, 80)] == [0.1, 0.1, 0.01, 0.01, 0.001]
 
 
-@pytest.mark.parametrize("name", ["nad", "bti_dbf", "pam"])
-def test_a_network_without_stages_is_not_applicable(name, tiny, tiny_variables, digits):
+def test_attention_is_not_applicable_to_a_network_without_stages(tiny, tiny_variables, digits):
     bare = dataclasses.replace(tiny, stages=())
     with pytest.raises(NotApplicable, match="this network has none"):
-        defenses.get(name).purify(keys.root(0), bare, tiny_variables, digits.train.take(slice(0, 20)))
+        nad.purify(keys.root(0), bare, tiny_variables, digits.train.take(slice(0, 20)))
+
+
+def test_the_features_of_a_network_without_stages_are_what_its_head_takes(tiny, tiny_variables, digits):
+    bare, pixels = dataclasses.replace(tiny, stages=()), jnp.asarray(digits.test.images[:4], jnp.float32)
+    outputs, features = bti_dbf.feature_map(bare, tiny_variables, pixels)
+    assert features.shape == outputs.features.shape and features.ndim == 2
+    again = bti_dbf.from_feature_map(bare, tiny_variables, pixels, features)
+    np.testing.assert_allclose(again, outputs.logits, rtol=1e-5, atol=1e-5)
+    kernel = np.asarray(tiny_variables["params"]["head"]["kernel"], np.float64)
+    halved = bti_dbf.from_feature_map(bare, tiny_variables, pixels, features / 2)
+    np.testing.assert_allclose(outputs.logits - halved, np.asarray(features / 2, np.float64) @ kernel, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["bti_dbf", "pam"])
+def test_features_of_a_transformer_are_decoupled_too(name, digits):
+    sizes = {"width": 16, "stages": (1,), "heads": 2, "patch": 4, "size": 16, "mean": (0.3,), "std": (0.4,)}
+    vit = models.build("vit_b_32", num_classes=10, image_shape=(16, 16, 1), **sizes)
+    start = vit.init(keys.root(0))
+    quick = {"rounds": 1, "pretrain_epochs": 1, "mask_epochs": 1, "generator_epochs": 1, "epochs": 1, "width": 4}
+    clean = digits.train.take(slice(0, 48))
+    found = defenses.get(name).purify(keys.root(0), vit, start, clean, batch_size=24, **quick)
+    moved = jax.tree.map(lambda one, other: float(np.abs(one - other).max()), start["params"], found.variables["params"])
+    assert max(jax.tree.leaves(moved)) > 0 and np.isfinite(jax.tree.leaves(moved)).all()
+    assert 0 <= found.told["reversed_target"] < 10
 
 
 @pytest.mark.slow

@@ -94,7 +94,7 @@ def test_the_last_layers_of_a_transformer_are_what_its_last_blocks_add(vit, vari
     np.testing.assert_allclose(values, (1, 0), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["anp", "rnp", "clp", "ep", "bnp", "nad", "bti_dbf", "pam"])
+@pytest.mark.parametrize("name", ["anp", "rnp", "clp", "ep", "bnp", "nad"])
 def test_defences_that_need_convolutions_do_not_apply(name, vit, variables, some):
     options = {"poisoned": some} if defenses.is_informed(name) else {}
     with pytest.raises(NotApplicable, match="this network has n"):

@@ -18,9 +18,10 @@ from bibau_jax import keys, parallel, train
 from bibau_jax.data import ImageSet
 from bibau_jax.data.augment import crop_and_flip
 from bibau_jax.defenses.protocol import Purified, as_data, check_clean, watch
-from bibau_jax.errors import NotApplicable, UserError
+from bibau_jax.errors import UserError
 from bibau_jax.method.terms import cross_entropy
 from bibau_jax.models import Classifier, inside
+from bibau_jax.models.classifier import at
 from bibau_jax.models.unet import UNet
 
 FAR, BENIGN = 0.3, 3.0  # how far images, and benign features, may move before the generator is only called back
@@ -62,13 +63,19 @@ def squashed(raw: jax.Array) -> jax.Array:
 
 
 def feature_map(classifier: Classifier, variables, pixels, *, train: bool = False):
-    """(outputs, the last stage's output [N, H, W, C]) for pixels."""
+    """(outputs, the last stage's output [N, H, W, C]) for pixels; of a network without stages what its head takes, [N, D]."""
+    if not classifier.stages:
+        outputs = classifier.apply(variables, pixels, train=train)
+        return outputs, outputs.features.astype(jnp.float32)
     outputs, found = inside.look(classifier, variables, pixels, [classifier.stages[-1]], train=train)
     return outputs, next(iter(found.values())).astype(jnp.float32)
 
 
 def from_feature_map(classifier: Classifier, variables, pixels, features) -> jax.Array:
     """Logits of the network's end for a feature map; `pixels` only say the shape."""
+    if not classifier.stages:
+        head = at(variables["params"], classifier.head)
+        return jnp.dot(features, head["kernel"], precision=jax.lax.Precision.HIGHEST) + head["bias"]
     change = lambda given: features.astype(given.dtype)  # noqa: E731
     return inside.replace(classifier, variables, pixels, classifier.stages[-1], change).logits
 
@@ -164,12 +171,6 @@ def unlearn_step(state, frozen, batch, key, *, classifier, generate, optimizer, 
     return state, {"loss": loss, "accuracy": right}
 
 
-def check_network(classifier: Classifier) -> None:
-    """Refuses a network without a feature map that could be decoupled."""
-    if not classifier.stages:
-        raise NotApplicable("features are decoupled on a convolutional feature map, and this network has none")
-
-
 def check(num_classes: int, *, rounds: int = 1, width: int = 1, share: float = 0.1, **others) -> None:
     """Raises `UserError` on settings that `by_rounds` cannot use: any count of epochs below 1, any rate not above 0."""
     epochs = [value for name, value in others.items() if name.endswith("epochs")]
@@ -201,6 +202,9 @@ def purify(
     flip: bool = True,
 ) -> Purified:
     """The network after `rounds` of decoupling, reversing and unlearning; generator and both Adams live through all rounds.
+
+    The mask has an element for every value of the last stage's output. A network without stages (ViT) has a vector of
+    features, and so is its mask; the authors' lies before the last LayerNorm, ours behind it, where the head begins.
 
     Args:
       pretrain_epochs: of the generator, towards giving its image back. mask_epochs, generator_epochs, epochs: of each round's
@@ -252,7 +256,6 @@ def by_rounds(
 ) -> Purified:
     """Decoupling, reversing and `unlearn`ing in rounds; that step is given {"generator", "backdoored"} as frozen."""
     check_clean(classifier, clean)
-    check_network(classifier)
     check(
         classifier.num_classes,
         rounds=rounds,

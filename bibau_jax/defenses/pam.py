@@ -13,13 +13,11 @@ import optax
 from bibau_jax import train
 from bibau_jax.data import ImageSet
 from bibau_jax.defenses import bti_dbf
-from bibau_jax.defenses.bti_dbf import by_rounds, check_network, replaced
+from bibau_jax.defenses.bti_dbf import by_rounds, replaced
 from bibau_jax.defenses.protocol import Purified
 from bibau_jax.errors import UserError
 from bibau_jax.method.terms import cross_entropy
 from bibau_jax.models import Classifier
-
-__all__ = ["check", "check_network", "purify"]
 
 
 def towards(params, backdoored, rho: float):

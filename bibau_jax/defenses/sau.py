@@ -123,14 +123,15 @@ def purify(
     lambda_shared: float = 1.0,
     lambda_unlearning: float = 1.0,
     train_mode: bool = False,
+    clip: bool = True,
 ) -> Purified:
     """The model trained on clean images and against shared adversarial ones (AMSGrad), without augmentation.
 
     Args:
       epsilon, step_size, steps: of the l-infinity search, pixels 0..255; it begins at +epsilon everywhere (0.2 of the range).
-        Images stay within 0..255, where the authors' code does not clip.
       lambda_adversarial, lambda_shared: weights in the search. lambda_unlearning: of L_sh against the clean loss.
       train_mode: BatchNorm on batch statistics in the update; by default it rests, which keeps more clean accuracy, and ASR.
+      clip: keep the images within 0..255; the authors' code does not.
     """
     check_clean(classifier, clean)
     classifier = classifier.in_float32()  # as its authors compute
@@ -151,7 +152,7 @@ def purify(
             step,
             classifier=classifier,
             optimizer=optimizer,
-            attack={"epsilon": epsilon, "step_size": step_size, "steps": steps},
+            attack={"epsilon": epsilon, "step_size": step_size, "steps": steps, "clip": clip},
             train_mode=train_mode,
             lambdas={"lambda_adversarial": lambda_adversarial, "lambda_shared": lambda_shared},
             lambda_unlearning=lambda_unlearning,

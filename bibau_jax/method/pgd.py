@@ -67,6 +67,7 @@ def adversarial_images(
     start: jax.Array | None = None,
     block: int = 1,
     offset: jax.Array | None = None,
+    clip: bool = True,
     unroll: int = 1,
 ) -> jax.Array:
     """Images x' = x + delta after `steps` ascent steps, with ||delta|| <= epsilon and x' in 0..255.
@@ -79,6 +80,7 @@ def adversarial_images(
       block: above 1, every second image is moved in squares of so many pixels a side, all pixels of one alike in each channel,
         with bound and step times `block`; `offset` [2] is where squares begin, see `by_blocks` (ours: values that move one
         by one do not come near a patch of one colour).
+      clip: False lets x' leave 0..255, as a baseline's authors do.
       unroll: how many steps of the scan to lay out; all of them on the CPU, where rolled convolution gradients are slow.
     """
 
@@ -87,8 +89,9 @@ def adversarial_images(
         epsilon, step_size = (jnp.where(in_blocks, block * value, value) for value in (epsilon, step_size))
 
     def keep(perturbation):
+        perturbation = project(perturbation, epsilon, norm)
         # Clipping to the pixel range only shrinks coordinates, so the result stays inside the ball.
-        return jnp.clip(images + project(perturbation, epsilon, norm), 0.0, 255.0) - images
+        return jnp.clip(images + perturbation, 0.0, 255.0) - images if clip else perturbation
 
     def step(perturbation, _):
         at = images + perturbation
@@ -104,7 +107,7 @@ def adversarial_images(
         return images + first
     last, _ = jax.lax.scan(step, first, length=steps, unroll=unroll)
     # x + (x' - x) may round to just outside.
-    return jnp.clip(images + last, 0.0, 255.0)
+    return jnp.clip(images + last, 0.0, 255.0) if clip else images + last
 
 
 def random_start(key: jax.Array, shape, *, norm: str, epsilon: float | jax.Array) -> jax.Array:
