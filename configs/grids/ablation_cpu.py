@@ -21,6 +21,8 @@ MORE = {
     "l2_25_at": {"name": "base_at"} | PAPERS,
     "l2_25_a": A | PAPERS,
     "l2_25_b": B | PAPERS,
+    "true": {"unlearning_labels": "true"} | HARD,
+    "l2_25_true": {"unlearning_labels": "true"} | PAPERS,
 }
 
 
