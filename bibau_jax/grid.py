@@ -112,6 +112,8 @@ def alone(changes: dict[str, dict]) -> dict[str, dict]:
 
 def read(path: str) -> list[Job]:
     """The jobs that a grid file's `get_grid()` lists; UserError where it cannot be read or names are wrong."""
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder, not a grid file")
     try:
         listed = runpy.run_path(path)
         if "get_grid" not in listed:
@@ -145,14 +147,23 @@ class Outcome(NamedTuple):
 def done(workdir: Path, jobs: list[Job], status: int = 0) -> set[str]:
     """The jobs that ended so with the very command they have now; of finished ones (0) the record must be there."""
     log = workdir / LOG
-    told = {entry["name"]: entry for entry in records.read_lines(log)} if log.exists() else {}
+    told = {entry.get("name"): entry for entry in records.read_lines(log)} if log.exists() else {}
     return {
         job.name
         for job in jobs
         if told.get(job.name, {}).get("status") == status
         and told[job.name].get("command") == " ".join(job.command(str(workdir)))
-        and (status or (workdir / job.name / "record.json").exists())
+        and (status or _is_whole(workdir / job.name / "record.json"))
     }
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a record is there and can be read; what is damaged is left to the run itself, which tells it."""
+    try:
+        records.read(path)
+    except UserError:
+        return False
+    return True
 
 
 def otherwise(workdir: Path, jobs: list[Job]) -> dict[str, list[str]]:
@@ -317,6 +328,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         jobs = _only(read(given.grid), given.only)
+        if Path(given.workdir).exists() and not Path(given.workdir).is_dir():
+            raise UserError(f"--workdir={given.workdir} is no folder")
         if given.list:
             ended = {name: "recorded" for name in done(Path(given.workdir), jobs)}
             ended |= {name: "not applicable" for name in done(Path(given.workdir), jobs, NOT_APPLICABLE)}

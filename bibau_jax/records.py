@@ -17,6 +17,10 @@ from bibau_jax.errors import UserError
 
 _RATES = ("ca", "asr", "robust_accuracy")
 _AMOUNT = (int, float)
+# Of the further values of a measurement, those that tables and pictures read, and of what type they are.
+_SHAPES = dict.fromkeys(("bec_layers", "bec_similarity", "linearity_layers"), dict)
+_SHAPES |= dict.fromkeys(("r_asr_each", "path", "path_asr", "path_ca", "path_asr_recalibrated"), list)
+_SHAPES |= dict.fromkeys(("r_asr", "r_ca", "q_asr", "u_asr", "s_asr", "bec"), (*_AMOUNT, str))  # str: "nan"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,7 +314,22 @@ def _measurement(entry, where: str) -> Measurement:
     _check(entry["counts"], {"ca": list, "asr": (list, maybe), "robust_accuracy": (list, maybe)}, f"{where}counts.")
     rates = {name: _rate(entry["counts"][name], entry[name], where + name) for name in _RATES}
     extra = {name: value for name, value in entry.items() if name not in kinds}
+    for name in _SHAPES.keys() & extra.keys():
+        _check_further(extra[name], _SHAPES[name], where + name)
     return Measurement(entry["defense"], **rates, seconds=float(entry["seconds"]), extra=extra)
+
+
+def _check_further(value, kind, where: str) -> None:
+    """Refuses a further value of another type, and one that holds anything but numbers, or "nan" for one."""
+    wrong = isinstance(value, bool) or not isinstance(value, kind)
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    flat = [one for part in inner for one in (part if isinstance(part, list) else [part])]
+    if wrong or not all(_is_number(one) or isinstance(one, str) and one in ODD for one in flat):
+        raise UserError(f"{where} is {str(value)[:40]!r}, which is not of the right type")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, _AMOUNT) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _rate(counts: list | None, percent: float | None, where: str) -> Rate | None:
@@ -342,6 +361,9 @@ def _check(entry, kinds: dict, where: str, others: bool = False) -> None:
             raise UserError(f"{where}{name} is {value}, not a number from 0 up")
     if odd := sorted(entry.keys() - kinds.keys()) if not others else []:
         raise UserError(f"{where}{odd[0]} is not a known field")
+
+
+ODD = ("nan", "inf", "-inf")  # numbers that JSON has no name for, as they are written
 
 
 def _plain(value):

@@ -5,7 +5,7 @@ import pathlib
 
 from bibau_jax import parallel
 from bibau_jax.errors import UserError
-from bibau_jax.records import as_before, flat, write_text
+from bibau_jax.records import as_before, flat, read, write_text
 
 # What may change between two starts of the same run: where things lie and what else is asked for, never what was computed.
 FREE = ("stages", "tensorboard", "checkpoint_every", "distributed", "export")
@@ -14,6 +14,8 @@ ADDABLE = ("defense.beside", "implant.reuse", "implant.clean_twin", "reactivate.
 
 # Sections of the config, and the folders that settle them.
 SHARED = {"pgd"}  # the section of `defense` that is not a single defence's
+# What a check of `reactivate` leaves in <run>/reactivate/<row> while it is made; the others leave a number at the end.
+IN_PROGRESS = {"retuning": "retuned_*", "query": "query", "universal": "universal"}
 LATER = {"defense": ("purify",), "reactivate": ("reactivate", "verify"), "scan": ("scan",), "verify": ("verify",)}
 
 
@@ -60,8 +62,8 @@ def claim(workdir, config: dict) -> pathlib.Path:
     """The folder as an absolute path, made and marked with this config; a folder of another config or of no run is refused.
 
     The settings of the defences are free until the first of them has begun, a single one's own until that one has, and so are
-    those of the checks that follow: one may implant now and decide later. A trigger that becomes known after all, or was not
-    the right one, may be given to the stage `verify` at any time, which measures anew.
+    those of the checks that follow, each until it has begun: one may implant now and decide later. A trigger that becomes
+    known after all, or was not the right one, may be given to the stage `verify` at any time, which measures anew.
     """
     folder = pathlib.Path(workdir).expanduser().absolute()
     marker = folder / "config.json"
@@ -69,6 +71,7 @@ def claim(workdir, config: dict) -> pathlib.Path:
         undecided = [section for section, begun in LATER.items() if not any((folder / one).exists() for one in begun)]
         before = read_config(folder)
         undecided += [part for part in _sections(before, config) if not (folder / part.replace("defense.", "purify/")).exists()]
+        undecided += _checks_to_come(folder, before, config)
         known = before.get("verify", {}).get("trigger")
         if config.get("verify", {}).get("trigger") and (not known or "verify" in config["stages"]):
             undecided.append("verify")
@@ -87,6 +90,17 @@ def claim(workdir, config: dict) -> pathlib.Path:
             raise UserError(f"cannot make {workdir}: {error.strerror}") from error
     parallel.wait("claimed")
     return folder
+
+
+def _checks_to_come(folder: pathlib.Path, *configs: dict) -> list[str]:
+    """The sections of those checks that no model of a run was given yet, e.g. "reactivate.universal"."""
+    sections = {name for config in configs for name, value in config.get("reactivate", {}).items() if isinstance(value, dict)}
+    if (folder / "verify").exists():  # which makes some of them too
+        return []
+    record = folder / "record.json"
+    told = {name for one in read(record).metrics.values() for name in one.extra} if record.exists() else set()
+    found = [name for name in sections if f"{name}_seconds" not in told]
+    return [f"reactivate.{name}" for name in found if not any(folder.glob(f"reactivate/*/{IN_PROGRESS.get(name, name)}"))]
 
 
 def read_config(folder: pathlib.Path) -> dict:

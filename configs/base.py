@@ -174,6 +174,7 @@ def reactivate() -> ConfigDict:
     config.query.hidden = 1024  # width of the perturbing network
     config.query.directions = 10  # with queries: pairs of steps that a gradient is estimated from
     config.query.sigma = 2.0  # with queries: their size, grey levels
+    config.query.budget = 0  # with queries: of them in all, for whole epochs; 0 for any number
 
     config.universal = ConfigDict({"images": 1000, "epsilon": 12.75, "learning_rate": 0.05})
     config.universal.epochs = 50

@@ -16,6 +16,7 @@ from bibau_jax import attacks, checkpoint, defenses, experiment, keys, preflight
 from bibau_jax.attacks import badnets, issba
 from bibau_jax.data import splits
 from bibau_jax.errors import Diverged, NotApplicable, UserError
+from bibau_jax.report import __main__ as command
 from bibau_jax.stages import checks, evaluate
 from tests import regenerate
 
@@ -183,6 +184,33 @@ def test_a_check_that_is_added_later_only_adds(attacked, tiny_config, tmp_path):
         assert more.metrics[name].extra["bec"] == pytest.approx(record.metrics[name].extra["bec"], abs=1e-6)
 
 
+def test_the_settings_of_a_check_are_free_until_it_is_made(attacked, tiny_config, tmp_path):
+    config, _, _ = attacked
+    few = tiny_config(workdir.flat(config) | {"reactivate.checks": "bec"})
+    experiment.run(few, str(tmp_path / "run"))
+    other = tiny_config(workdir.flat(few) | {"reactivate.checks": "bec,path", "reactivate.path.points": 2})
+    record = experiment.run(other, str(tmp_path / "run"))
+    assert len(record.metrics["purified"].extra["path"]) == 2 and record.config["reactivate"]["path"]["points"] == 2
+    for settings in ({"reactivate.path.points": 4}, {"reactivate.bec.share": 0.5}, {"reactivate.test_size": 50}):
+        with pytest.raises(UserError, match=f"another config .{next(iter(settings))}: "):
+            experiment.run(tiny_config(workdir.flat(other) | settings), str(tmp_path / "run"))
+
+
+def test_few_images_and_a_trigger_for_every_class_have_features_too(tiny_config, tmp_path, capsys):
+    changes = {
+        "implant.clean_twin": "train",
+        "defense.name": "ft",
+        "attack.mode": "all_to_all",
+        "reactivate.features.images": 1,
+    }
+    changes |= {"reactivate.checks": "features,query", "defense.beside": "", "implant.epochs": 2}
+    record = experiment.run(tiny_config(changes), str(tmp_path / "run"))
+    assert record.metrics["purified"].extra["features_images"] == 2  # no class is spared, so none is the target's alone
+    assert "q_asr" in record.metrics["purified"].extra and "q_asr" not in record.metrics["clean"].extra
+    assert "the clean twin without query, for want of another clean model" in "".join(capsys.readouterr())
+    assert command.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+
+
 @pytest.mark.slow
 def test_an_attack_that_was_cut_off_goes_on_where_it_was(attacked, tmp_path, monkeypatch):
     config, _, record = attacked
@@ -265,7 +293,9 @@ def test_without_a_clean_twin_the_checks_that_need_one_are_left_out_and_said_so(
         ({"reactivate.checks": "query", "reactivate.query.gradient": "x"}, "reactivate.query.gradient must be one of"),
         ({"reactivate.checks": "query", "reactivate.query.epsilon": 300.0}, "reactivate.query.epsilon must be at most 255"),
         ({"reactivate.checks": "query", "reactivate.retuning.images": 0}, "reactivate.retuning.images must be positive"),
+        ({"reactivate.checks": "universal", "reactivate.universal.epsilon": 0.5}, "universal.epsilon must be at least 1 grey"),
         ({"reactivate.checks": "bec", "reactivate.bec.share": 3.0}, "reactivate.bec.share must be at most 1"),
+        ({"reactivate.checks": "bec", "reactivate.test_size": 1}, "the checks need 4 images that can be attacked, and"),
         ({"reactivate.test_size": -1}, "reactivate.test_size must not be negative"),
         ({"defense.name": "ibu"}, "sees the trigger and is no defence"),
         ({"measured_on": "train"}, 'measured_on "train" is unknown; choose test or validation'),

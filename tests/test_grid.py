@@ -15,6 +15,7 @@ from bibau_jax import experiment, grid, records
 from bibau_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
+EMPTY = json.dumps({"config": {}, "seed": 0, "command": "", "versions": {}, "device": {}, "stages": {}, "metrics": {}})
 
 
 class Script(NamedTuple):
@@ -24,12 +25,13 @@ class Script(NamedTuple):
     code: str = ""
     reuse: str = ""
     twin: str = ""
+    config: str = ""
     needs = grid.Job.needs
 
     def command(self, workdir: str) -> list[str]:
         place = Path(workdir) / self.name
         begin = f"import pathlib, sys, time; p = pathlib.Path({str(place)!r}); p.mkdir(parents=True, exist_ok=True)"
-        end = "(p / 'record.json').write_text('{}'); open(p / 'times', 'a').write('x')"
+        end = f"(p / 'record.json').write_text({EMPTY!r}); open(p / 'times', 'a').write('x')"
         return ["-c", f"{begin}\n{self.code}\n{end}"]
 
 
@@ -142,6 +144,16 @@ def test_a_run_that_was_killed_is_made_again(tmp_path):
     assert [count(tmp_path, name) for name in "ab"] == [1, 1]
 
 
+def test_a_damaged_record_does_not_count_and_a_line_without_a_name_does_no_harm(tmp_path):
+    made = [Script("a"), Script("b")]
+    grid.run(made, str(tmp_path), grid._Local(1))
+    with open(tmp_path / "grid.jsonl", "a") as log:
+        log.write('{"status": 0}\n')
+    (tmp_path / "a" / "record.json").write_text(EMPTY[:-10])
+    assert grid.done(tmp_path, made) == {"b"}
+    assert grid.run(made, str(tmp_path), grid._Local(1)) == [] and [count(tmp_path, name) for name in "ab"] == [2, 1]
+
+
 def test_two_grids_never_work_on_the_same_run_at_once(tmp_path):
     """The run outlives the grid that started it; the next grid waits for it."""
     code = "assert not (p / 'busy').exists(); (p / 'busy').touch(); time.sleep(1.5); (p / 'busy').unlink()"
@@ -163,12 +175,13 @@ def test_two_grids_never_work_on_the_same_run_at_once(tmp_path):
         ("def get_grid(): return [{}]", "cannot be used as a grid: AttributeError"),
         ("def get_grid(): return {}['x']", "cannot be used as a grid: KeyError"),
         ("def get_grid(): return 1 / 0", "ZeroDivisionError"),
+        (None, "grid.py is a folder, not a grid file"),
         ("from bibau_jax.grid import Job\ndef get_grid(): return [Job('a', 'c'), Job('a', 'c')]", "lists a twice"),
         ("from bibau_jax.grid import Job\ndef get_grid(): return [Job('a', 'c', reuse='b')]", "a needs b"),
     ],
 )
 def test_a_grid_file_that_cannot_be_used_is_one_line(text, words, tmp_path, capsys):
-    (tmp_path / "grid.py").write_text(text)
+    (tmp_path / "grid.py").mkdir() if text is None else (tmp_path / "grid.py").write_text(text)
     assert grid.main([f"--grid={tmp_path / 'grid.py'}", f"--workdir={tmp_path / 'runs'}"]) == 2
     said = capsys.readouterr().err
     assert words in said and len(said.splitlines()) == 1 and not (tmp_path / "runs").exists()
@@ -182,6 +195,9 @@ def test_wrong_flags_are_one_line(tmp_path, capsys):
         assert words in said and len(said.splitlines()) == 1
     with pytest.raises(UserError, match="cannot be read"):
         grid.read(str(tmp_path / "missing.py"))
+    (tmp_path / "file").touch()
+    assert grid.main([given[0], f"--workdir={tmp_path / 'file'}", "--list"]) == 2
+    assert "is no folder" in capsys.readouterr().err
 
 
 def test_only_some_runs_bring_those_that_they_need(capsys, tmp_path):
@@ -190,7 +206,9 @@ def test_only_some_runs_bring_those_that_they_need(capsys, tmp_path):
     assert capsys.readouterr().out.split() == ["to", "run", "badnets_0", "to", "run", "iad_0", "to", "run", "iad_0_a"]
 
 
-KILLED = """
+KILLED = (
+    f"EMPTY = {EMPTY!r}\n"
+    + """
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -200,16 +218,18 @@ from bibau_jax import grid
 class Script(NamedTuple):
     name: str
     needs: set = set()
+    config: str = ""
 
     def command(self, workdir):
         place = str(Path(workdir) / self.name)
         lines = ["import pathlib, sys, time", f"p = pathlib.Path({place!r})", "p.mkdir(parents=True, exist_ok=True)"]
-        lines += ["time.sleep(0.6)", "(p / 'record.json').write_text('{}')", "open(p / 'times', 'a').write('x')"]
+        lines += ["time.sleep(0.6)", f"(p / 'record.json').write_text({EMPTY!r})", "open(p / 'times', 'a').write('x')"]
         return ["-c", "; ".join(lines)]
 
 def get_grid():
     return [Script(name) for name in "abcd"]
 """
+)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

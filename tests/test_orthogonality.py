@@ -102,7 +102,9 @@ def test_straight_lines_have_an_r_squared_of_one_and_a_parabola_about_its_top_ha
     weights = np.linspace(-1, 1, 21)
     assert orthogonality.straightness(weights, np.stack([2 * weights, -weights + 3], 1)) == pytest.approx(1)
     assert orthogonality.straightness(weights, (weights**2)[:, None]) == pytest.approx(0, abs=1e-9)
-    assert orthogonality.straightness(weights, np.ones((21, 2))) == 1
+    mixed = np.stack([2 * weights, np.ones(21)], 1)
+    assert orthogonality.straightness(weights, mixed) == pytest.approx(1)  # what never changes is neither straight nor bent
+    assert np.isnan(orthogonality.straightness(weights, np.ones((21, 2))))
 
 
 def test_the_last_layer_answers_straight_by_construction(backdoored):

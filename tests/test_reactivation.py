@@ -246,6 +246,15 @@ def test_an_unknown_gradient_is_named(backdoored, hidden, clean_twin):
         learned(backdoored, hidden, clean_twin, backdoored.variables, gradient="guess")
 
 
+def test_a_budget_of_queries_ends_the_attack_with_the_last_epoch_that_it_pays(backdoored, hidden, clean_twin):
+    given = {"gradient": "queries", "directions": 2, "epochs": 3}
+    each = learned(backdoored, hidden, clean_twin, backdoored.variables, **given | {"epochs": 1})[2]
+    _, history, asked = learned(backdoored, hidden, clean_twin, backdoored.variables, **given, budget=2 * each + 1)
+    assert len(history) == 2 and asked == 2 * each
+    with pytest.raises(UserError, match="does not pay one epoch"):
+        learned(backdoored, hidden, clean_twin, backdoored.variables, **given, budget=each - 1)
+
+
 # --- one perturbation for all
 
 
@@ -280,7 +289,7 @@ def test_square_attack_asks_no_more_than_it_may_and_lowers_its_loss(backdoored, 
     assert loss(found) < loss(start)
 
 
-@pytest.mark.parametrize("epsilon", [0.0, -1.0, 300.0])
+@pytest.mark.parametrize("epsilon", [0.0, 0.9, -1.0, 300.0])
 def test_a_bound_outside_the_pixels_is_refused(epsilon, backdoored, hidden):
     with pytest.raises(UserError, match="epsilon within"):
         woken(backdoored, hidden, epsilon=epsilon)

@@ -196,6 +196,28 @@ def test_a_damaged_record_is_named_left_out_and_ends_in_an_error(runs, tmp_path,
     assert {line["n"] for line in lines_of(tmp_path / "out") if line["attack"] == "badnets"} == {"1"}
 
 
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"bec_layers": "x"}, "metrics.purified.bec_layers is 'x', which is not of the right type"),
+        ({"r_asr": [1.0]}, "metrics.purified.r_asr is"),
+        ({"r_asr_each": [1.0, "2"]}, "metrics.purified.r_asr_each is"),
+        ({"r_asr": float("nan")}, "metrics.purified.r_asr is 'nan'"),
+        (None, "holds no measurement yet"),
+    ],
+)
+def test_a_record_whose_numbers_are_none_is_named_and_left_out(change, words, runs, tmp_path, capsys):
+    path = runs / "refool_0" / "record.json"
+    record = json.loads(path.read_text())
+    record["metrics"] = {} if change is None else record["metrics"]
+    record["metrics"].get("purified", {}).update(change or {})
+    path.write_text(json.dumps(record))
+    for work in (command.main, tables.main):
+        assert work([str(runs), "--out", str(tmp_path / "out")]) == 1
+        said = capsys.readouterr().err
+        assert words in said and str(path) in said
+
+
 def test_a_folder_without_records_is_one_line(tmp_path, capsys):
     for place in (tmp_path, tmp_path / "missing"):
         assert command.main([str(place), "--out", str(tmp_path / "out")]) == 1

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bibau_jax import parallel
+from bibau_jax.errors import UserError
 from bibau_jax.models import Classifier
 
 LEAST_RANGE = 0.05  # a layer in which the twin is nearer to the backdoored model tells nothing: it would be scaled by noise
@@ -107,7 +108,10 @@ def reference(
 
     TAC is taken over all pairs, CKA over the triggered images. `share` of each layer's channels is compared, in the last
     `layers` of `Classifier.compared`: convolutions without shortcuts (the paper: 10 of ResNet-18; 0 for all).
+    UserError for fewer than two images, which are alike by nature.
     """
+    if len(triggered) < 2:
+        raise UserError("BEC compares what several images make of a network: two at least")
     tac = trigger_activated_change(classifier, backdoored, clean, triggered)
     compared = ["/".join(path) for path in classifier.compared][-layers:]
     channels = {name: top_channels(tac[name], share) for name in compared}

@@ -126,16 +126,19 @@ def learn(
     gradient: str = "white_box",
     directions: int = 10,
     sigma: float = 2.0,
+    budget: int = 0,
     journal: train.Journal = train.Journal(),
 ) -> tuple[dict, list[dict], int]:
     """(the perturber's parameters, history, queries of the purified model) from clean and triggered images with true labels.
 
     `epsilon` bounds the perturbation in 0..255. `gradient` "white_box" propagates through the purified model, as the authors'
     code does (the stronger attacker); "queries" only asks it for its outputs, 2 `directions` + 1 times per image and step,
-    at steps of `sigma` grey levels. White-box attacks count no queries.
+    at steps of `sigma` grey levels; with a `budget` above 0 it ends with the last epoch that so many queries pay. White-box
+    attacks count no queries.
     """
     if gradient not in GRADIENTS:
         raise UserError(f'query attack gradient "{gradient}" is unknown; choose one of {", ".join(GRADIENTS)}')
+    check_bound(epsilon)
     data = {name: np.concatenate([getattr(s, name) for s in (clean, triggered)]) for name in ("images", "labels")}
     data["wanted"] = train.logits(classifier, models.teacher, data["images"])
     optimizer = optax.sgd(learning_rate, momentum)
@@ -145,6 +148,8 @@ def learn(
     options = {"alpha": alpha, "epsilon": epsilon, "hidden": hidden}
     options |= {"gradient": gradient, "directions": directions, "sigma": sigma}
     batch_size = parallel.batch_of(min(batch_size, len(data["labels"])))
+    if budget and gradient == "queries":
+        epochs = min(epochs, epochs_paid(budget, len(data["labels"]), batch_size, directions))
     state, history = train.fit(
         partial(step, classifier=classifier, optimizer=optimizer, **options),
         state,
@@ -157,6 +162,20 @@ def learn(
     )
     asked = int(state.step) * batch_size * (2 * directions + 1) if gradient == "queries" else 0
     return jax.device_get(state.params), history, asked
+
+
+def epochs_paid(budget: int, images: int, batch_size: int, directions: int) -> int:
+    """How many epochs over so many images a budget of queries pays; UserError where it does not pay one."""
+    each = images // batch_size * batch_size * (2 * directions + 1)
+    if budget < each:
+        raise UserError(f"a budget of {budget:,} queries does not pay one epoch, which asks {each:,}")
+    return budget // each
+
+
+def check_bound(epsilon: float) -> None:
+    """Refuses a bound outside 1..255: images have whole grey levels, and less changes none."""
+    if not 1 <= epsilon <= 255:
+        raise UserError(f"a perturbation of images needs an epsilon within 1..255 grey levels, got {epsilon}")
 
 
 @partial(jax.jit, static_argnames=("epsilon", "hidden"))

@@ -16,6 +16,7 @@ from bibau_jax import keys, parallel, progress, train
 from bibau_jax.errors import UserError
 from bibau_jax.method.terms import cross_entropy
 from bibau_jax.models import Classifier
+from bibau_jax.reactivation.query import check_bound
 
 SHARE = 0.1  # of the image that Square Attack's first squares cover
 # After which share of the queries that halves (given for 10,000 of them by its authors).
@@ -146,9 +147,10 @@ def _window(rng: np.random.Generator, done: float, height: int, width: int):
 
 
 def check(triggered: np.ndarray, epsilon: float) -> None:
-    """Refuses a bound outside (0, 255] and no images."""
-    if not len(triggered) or not 0 < epsilon <= 255:
-        raise UserError(f"a universal perturbation needs triggered images and epsilon within (0, 255], got {epsilon}")
+    """Refuses a bound outside 1..255 and no images."""
+    if not len(triggered):
+        raise UserError("a universal perturbation needs triggered images")
+    check_bound(epsilon)
 
 
 def added(images: np.ndarray, delta: np.ndarray) -> np.ndarray:

@@ -38,7 +38,8 @@ def collect(folder: Path) -> tuple[dict, list[str]]:
     for path in kept:
         try:
             record = records.read(path)
-            series.rows([record])
+            if not series.rows([record]):
+                raise UserError(f"{path} holds no measurement yet")
         except UserError as error:
             broken.append(str(error))
         except (KeyError, TypeError, AttributeError) as error:

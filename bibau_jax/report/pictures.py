@@ -190,11 +190,12 @@ def embeddings(folder: Path, record, path: Path) -> Path | None:
     figure, axes = plt.subplots(1, len(rows), figsize=(2.9 * len(rows), 3.6), squeeze=False, layout="constrained")
     for axis, name in zip(axes[0], rows, strict=True):
         with np.load(folder / "reactivate" / name / "features.npz") as saved:
-            parts = {kind: saved[kind] for kind in KINDS}
+            parts = {kind: saved[kind] for kind in KINDS if kind in saved}
         together = np.concatenate(list(parts.values()))
-        placed = TSNE(perplexity=min(30, len(together) // 4), init="pca", random_state=0).fit_transform(together)
+        placed = TSNE(perplexity=max(1, min(30, len(together) // 4)), init="pca", random_state=0).fit_transform(together)
         begin = 0
-        for kind, (label, tone, mark) in KINDS.items():
+        for kind in parts:
+            label, tone, mark = KINDS[kind]
             part = placed[begin : begin + len(parts[kind])]
             axis.scatter(part[:, 0], part[:, 1], s=11, c=tone, marker=mark, linewidths=0.8, alpha=0.8, label=label)
             begin += len(part)

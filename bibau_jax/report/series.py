@@ -295,7 +295,8 @@ def collect(folder: Path, leave_out: Path | None = None) -> tuple[dict, list[str
             continue
         try:
             record = records.read(path)
-            rows([record])  # a record that lacks what a row needs is as unreadable as a torn one
+            if not rows([record]):  # a record that lacks what a row needs is as unreadable as a torn one
+                raise UserError(f"{path} holds no measurement yet")
             found[path.relative_to(folder).as_posix()] = record
         except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             told = str(error) if isinstance(error, UserError) else f"{path} is no run's record: {error!r}"

@@ -62,12 +62,24 @@ class Scene:
 
 def scene_of(this: Run, stages: dict[str, str]) -> Scene:
     attack, _ = attack_as_trained(this)
-    count = this.config["reactivate"]["test_size"]
-    test = this.measured
-    if count and count < len(test):
-        order = np.asarray(jax.random.permutation(keys.stream(this.key, "reactivate/test"), len(test)))
-        test = test.take(np.sort(order[:count]))
-    return staged(this, attack, test, stages)
+    return staged(this, attack, this.measured.take(tested(this)), stages)
+
+
+def tested(this: Run) -> np.ndarray:
+    """The positions of the test images that the checks count on, rising."""
+    count, size = this.config["reactivate"]["test_size"], len(this.measured)
+    if not count or count >= size:
+        return np.arange(size)
+    order = np.asarray(jax.random.permutation(keys.stream(this.key, "reactivate/test"), size))
+    return np.sort(order[:count])
+
+
+def check_tested(this: Run, attack: Attack, least: int) -> None:
+    """Raises `UserError` where fewer than `least` of those images are of another class than the attacker wants for them."""
+    labels = this.measured.labels[tested(this)]
+    count = int(np.sum(attack.aim(labels) != labels))
+    if count < least:
+        raise UserError(f"the checks need {least} images that can be attacked, and {count} of {len(labels)} are; see test_size")
 
 
 def staged(this: Run, attack: Attack, test: ImageSet, stages: dict[str, str], **where) -> Scene:
@@ -216,7 +228,7 @@ def query_attack(scene: Scene, row: str) -> dict:
     # Who only queries cannot retune the model either: he has the backdoored one that he gave away.
     by_queries = section["gradient"] == "queries"
     teacher = scene.models["none"] if by_queries else _retune(scene, row, 0)
-    reference = scene.models["ibu" if row == "clean" and "ibu" in scene.models else "clean"]  # for the twin itself another one
+    reference = scene.models["ibu" if row == "clean" else "clean"]  # for the twin itself another one
     journal = _journal(scene, row, "query")
     params, _, asked = query.learn(
         keys.stream(scene.this.key, "query"),
@@ -286,7 +298,7 @@ def straightness(scene: Scene, row: str) -> dict:
     clean, told = test_pairs(scene, scene.this.config["reactivate"]["linearity"]["images"])
     given = (scene.this.classifier, scene.models[row], clean.images, told.images, told.labels)
     found = orthogonality.linearity(keys.stream(scene.this.key, "linearity"), *given)
-    means = np.mean(list(found.values()), axis=0)
+    means = np.nanmean(list(found.values()), axis=0)
     layers = {name: list(pair) for name, pair in found.items()}
     return {"linearity": float(means[0]), "linearity_random": float(means[1]), "linearity_layers": layers}
 
@@ -313,9 +325,10 @@ def features(scene: Scene, row: str) -> dict:
     target = np.flatnonzero(scene.aims == scene.test.labels)  # none in all-to-all: every class is another's target
     kinds = {
         "clean": scene.test.images[ours[:count]],
-        "target": scene.test.images[target[: count // 3]],
+        "target": scene.test.images[target[: max(1, count // 3)]],
         "triggered": scene.triggered[ours[:count]],
     }
+    kinds = {kind: images for kind, images in kinds.items() if len(images)}
     saved = {kind: train.features(scene.this.classifier, scene.models[row], images) for kind, images in kinds.items()}
     write_arrays(scene.this.folder / "reactivate" / row / "features.npz", saved | {"labels": scene.test.labels[ours[:count]]})
     return {"features_images": sum(map(len, saved.values()))}

@@ -18,7 +18,9 @@ from bibau_jax.stages import checks, evaluate
 FREE = {"checks": ""}  # which checks were made changes none of them
 AT_MOST = (("query", "epsilon", 255), ("universal", "epsilon", 255), ("square", "epsilon", 255), ("bec", "share", 1))
 AT_MOST += (("retuning", "momentum", 0.999), ("query", "momentum", 0.999))
-MAY_BE_ZERO = ("poisoned", "layers", "momentum", "centre", "alpha")  # of the settings
+BOUNDED = ("query", "universal", "square")  # whose epsilon is in grey levels: below 1 it changes no image
+MAY_BE_ZERO = ("poisoned", "layers", "momentum", "centre", "alpha", "budget")  # of the settings
+LEAST = 4  # attackable test images that checks need: half of them for angles, and two at least to compare
 
 
 def run(this: Run, command: str) -> None:
@@ -33,6 +35,9 @@ def run(this: Run, command: str) -> None:
         progress.say("reactivate: without linearity, for want of norms behind convolutions", show=parallel.is_lead())
         asked.remove("linearity")
     told = _shared(this, command, models, told)
+    if "query" in asked and {"clean", "ibu"} & models.keys() == {"clean"} and "q_asr" not in told[models["clean"].name].extra:
+        why = "reactivate: the clean twin without query, for want of another clean model (ibu) to compare it with"
+        progress.say(why, show=parallel.is_lead())
     missing = [
         (row, check)
         for row, one in models.items()
@@ -124,6 +129,9 @@ def check(this: Run, attack: str, asked: Sequence[str] = ()) -> None:
         for option, value in section.get(name, {}).items():
             if not isinstance(value, str) and (value < 0 or value == 0 and option not in MAY_BE_ZERO):
                 raise UserError(f"reactivate.{name}.{option} must be positive, got {value}")
+    for name in BOUNDED:
+        if name in asked and section[name]["epsilon"] < 1:
+            raise UserError(f"reactivate.{name}.epsilon must be at least 1 grey level, got {section[name]['epsilon']}")
     for name, option, most in AT_MOST:
         if name in asked and section[name][option] > most:
             raise UserError(f"reactivate.{name}.{option} must be at most {most}, got {section[name][option]}")
@@ -131,6 +139,11 @@ def check(this: Run, attack: str, asked: Sequence[str] = ()) -> None:
         checks.retuning_sizes(this, attack)
     if "query" in asked and section["query"]["gradient"] not in query.GRADIENTS:
         raise UserError(f"reactivate.query.gradient must be one of {', '.join(query.GRADIENTS)}")
+    if "query" in asked and section["query"]["gradient"] == "queries" and section["query"]["budget"]:
+        given, count = section["query"], 2 * min(section["query"]["images"], len(this.splits.train) // 2)
+        query.epochs_paid(given["budget"], count, min(given["batch_size"], count), given["directions"])
+    if asked and attack != "patch":  # whose file is read by those who lay it on
+        checks.check_tested(this, this.attack_named(attack), LEAST)
 
 
 def chosen(config: dict) -> list[str]:
@@ -144,4 +157,6 @@ def chosen(config: dict) -> list[str]:
 
 def applies(check: str, row: str, rows) -> bool:
     """Whether a check is made of the model of a row, given the rows there are."""
+    if check == "query" and row == "clean" and "ibu" not in rows:
+        return False  # it would be its own clean model, and what wakes it would be ruled out by it
     return (CHECKS[check].backdoored or row != "none") and (not CHECKS[check].twin or "clean" in rows)

@@ -4,6 +4,7 @@ A backdoor whose gradients stand square on those of the clean task survives fine
 linearly can be found by turning them up.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -117,12 +118,13 @@ def _responses(classifier, variables, triggered, aims, mask, weights, *, path):
 
 
 def straightness(weights: np.ndarray, responses: np.ndarray) -> float:
-    """R^2 of a straight line through each image's responses [W, N], mean over images; those that never change count as 1."""
+    """R^2 of a straight line through each image's responses [W, N], mean over those that change; NaN where none does."""
     responses = np.asarray(responses, np.float64)
     centred, spread = responses - responses.mean(0), np.asarray(weights, np.float64) - np.mean(weights)
     total = (centred**2).sum(0)
     explained = (spread @ centred) ** 2 / (spread @ spread)
-    return float(np.where(total > 1e-12, explained / np.maximum(total, 1e-12), 1.0).mean())
+    changing = total > 1e-12
+    return float((explained[changing] / total[changing]).mean()) if changing.any() else math.nan
 
 
 def linearity(
