@@ -1,4 +1,4 @@
-"""What eta does (Figure 7), at the size of two CPU cores, on two attacks that settings may be chosen on and two others.
+"""What eta does (Figure 7), at the size of two CPU cores, on an attack that settings may be chosen on and one other.
 
 python -m bibau_jax.grid --grid=configs/grids/eta_cpu.py --workdir=runs/reactivation_cpu --jobs=2
 """
@@ -8,7 +8,7 @@ from pathlib import Path
 from bibau_jax import grid
 
 ETAS = {"eta0": 0.0, "eta25": 0.25, "eta75": 0.75, "eta100": 1.0}  # 0.5: hard_labels_cpu.py
-ATTACKS = ("badnets", "blended", "narcissus", "adap_blend")
+ATTACKS = ("badnets", "iad")
 
 
 def get_grid():
