@@ -339,7 +339,7 @@ def test_further_numbers_flow_through_to_rows_and_columns(folder, tmp_path):
 
 def test_at_a_glance_an_average_is_over_all_attacks_or_is_none():
     def line(attack, defense, variant=1, **means):
-        settings = ("", "defense.softened 0.0 instead of 0.5", "defense.a 1 instead of 0, defense.b 2 instead of 0")[
+        settings = ("", "defense.softened 0.0 instead of 0.5", ", ".join(f"defense.{n} 1 instead of 0" for n in "ab"))[
             variant - 1
         ]
         told = {"dataset": "cifar10", "model": "resnet18", "attack": attack, "defense": defense, "variant": variant}
@@ -361,7 +361,7 @@ def test_at_a_glance_an_average_is_over_all_attacks_or_is_none():
         "| Fine-tuning | 2.0 | 4.0 | 50.0 | 1.0 | 10.0 | 90.0 |",
         "| BI-BAU (U) | – | – | – | – | 10.0 | – |",
         "| Fine-tuning (softened 0.0 instead of 0.5) | – | – | – | – | – | 10.0 |",
-        "| Fine-tuning (settings 3) | – | – | – | – | – | 10.0 |",
+        "| Fine-tuning (a 1, b 1) | – | – | – | – | – | 10.0 |",
     ]
     assert tables.glance(lines[1:4]) == "", "one attack has no average worth a table"
     assert tables.glance([*lines, line("badnets", "ft", **whole) | {"model": "other"}]) == "", "two networks have none together"

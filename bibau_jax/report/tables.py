@@ -17,6 +17,7 @@ from bibau_jax.errors import UserError, say
 from bibau_jax.report import own, series, words
 
 HEADINGS = {"ca": "CA", "asr": "ASR", "robust_accuracy": "Robust accuracy", "ca_loss": "CA loss", "seconds": "Seconds"}
+FEW = 3  # settings that a table at a glance spells out
 OPEN, CLOSE = "<!-- text -->", "<!-- /text -->"
 
 
@@ -93,6 +94,12 @@ def _is_alone(line: dict) -> bool:
     return line["variant"] > 1 and "," not in line["settings"]
 
 
+def _in_short(line: dict) -> str:
+    """What a variant's settings are; what a single one was instead of, too."""
+    told = line["settings"].replace("defense.", "")
+    return told if _is_alone(line) else ", ".join(one.partition(" instead of ")[0] for one in told.split(", "))
+
+
 def glance(lines) -> str:
     """R-ASR by defence and attack, with averages of CA loss, ASR, R-ASR, Q-ASR, from a summary; "" where that says little.
 
@@ -106,8 +113,8 @@ def glance(lines) -> str:
     by_defense: dict[str, dict[str, dict]] = {}
     for line in lines:
         name = _names(line)[3]
-        if _is_alone(line):  # one other setting says more than a number
-            name = f"{words.defense(line['defense'])} ({line['settings'].removeprefix('defense.')})"
+        if line["variant"] > 1 and line["settings"].count(",") < FEW:  # which say more than a number
+            name = f"{words.defense(line['defense'])} ({_in_short(line)})"
         by_defense.setdefault(name, {})[line["attack"]] = line
     averaged = ("ca_loss", "asr", *words.REACTIVATION)
     body = []
