@@ -20,13 +20,14 @@ REVERSED = {
     "width": 8,
     "batch_size": 64,
 }
+THEIRS = {"learning_rate": 0.1, "teacher_rate": 0.01}  # NAD's authors'
 CANDIDATES = {
     "nc": {"": {}, "enough95": {"enough": 0.95}, "epochs30": {"inversion_epochs": 30}},
     "sau": {"e10_1e3": {"epochs": 10, "learning_rate": 1e-3}, "e20_5e4": {"epochs": 20, "learning_rate": 5e-4}},
     "nad": {
-        "": {},
-        "rate05": {"teacher_rate": 0.05},
-        "1e2": {"learning_rate": 0.01},
+        "": THEIRS,
+        "rate05": THEIRS | {"teacher_rate": 0.05},
+        "1e2": THEIRS | {"learning_rate": 0.01},
         "3e2": {"learning_rate": 0.03, "teacher_rate": 0.03},
     },
     "bti_dbf": {
@@ -36,13 +37,17 @@ CANDIDATES = {
         "1e3_r4": REVERSED | {"learning_rate": 1e-3, "rounds": 4},
     },
     "pam": {
-        "": REVERSED,
+        "": REVERSED | {"rho": 0.5},
         "rho1": REVERSED | {"rho": 1.0},
         "rho07": REVERSED | {"rho": 0.7},
         "rho1_3e3": REVERSED | {"rho": 1.0, "learning_rate": 0.003},
     },
     "anp": {"": {}, "eps04": {"epsilon": 0.4}, "it600": {"iterations": 600}},
-    "rnp": {"": {}, "rate02": {"recover_rate": 0.2}, "to02": {"unlearned": 0.2}},
+    "rnp": {
+        "": {"recover_rate": 0.05},
+        "rate02": {"recover_rate": 0.2},
+        "to02": {"recover_rate": 0.05, "unlearned": 0.2},
+    },
     "i_bau": {"": {}},
     "clp": {"": {}, "u3": {"u": 3.0}},
     "bnp": {"": {}},
