@@ -16,4 +16,4 @@ def get_grid():
     """Base AT, BI-BAU (T) and (U) on every backdoored model that was purified by softened labels, called back."""
     theirs = grid.read(str(Path(__file__).with_name("reactivation_cpu.py")))
     names = [job.name for job in theirs if job.settings.get("defense.softened")]
-    return grid.variants(theirs, names, {"hard": HARD}, {"reactivate.checks": "retuning,query,bec"})
+    return grid.variants(theirs, names, {"hard": HARD}, {"reactivate.checks": "retuning,query,bec,path,features"})
