@@ -18,7 +18,7 @@ def purify(
     *,
     held_out: ImageSet | None = None,
     journal: train.Journal = train.Journal(),
-    epochs: int = 20,
+    epochs: int = 100,
     batch_size: int = 256,
     learning_rate: float = 0.01,
     schedule: str = "cosine",
