@@ -230,8 +230,14 @@ def test_an_attack_that_was_cut_off_goes_on_where_it_was(attacked, tmp_path, mon
             assert last.metrics[name].extra[number] == record.metrics[name].extra[number]
 
 
-def test_what_is_known_of_a_shared_model_and_twin_is_taken_over(attacked, tiny_config, tmp_path):
+@pytest.mark.parametrize("version", ["this", "one that had no budget of queries"])
+def test_what_is_known_of_a_shared_model_and_twin_is_taken_over(version, attacked, tiny_config, tmp_path):
     config, folder, record = attacked
+    if version != "this":
+        folder = shutil.copytree(folder, tmp_path / "older")
+        entry = json.loads((folder / "record.json").read_text())
+        del entry["config"]["reactivate"]["query"]["budget"]
+        (folder / "record.json").write_text(json.dumps(entry))
     changes = workdir.flat(config) | {"implant.reuse": str(folder), "implant.clean_twin": str(folder), "defense.beside": ""}
     last = experiment.run(tiny_config(changes | {"defense.epochs": 2}), str(tmp_path / "run"))
     for name in ("clean", "backdoored"):

@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bibau_jax import parallel, progress, records
+from bibau_jax import parallel, progress, records, workdir
 from bibau_jax.errors import UserError
 from bibau_jax.metrics import cost
 from bibau_jax.reactivation import query
 from bibau_jax.run import Run, measured_so_far, update
 from bibau_jax.stages import checks, evaluate
 
-FREE = {"checks": ""}  # which checks were made changes none of them
+FREE = ("reactivate.checks",)  # which checks were made changes none of them
 AT_MOST = (("query", "epsilon", 255), ("universal", "epsilon", 255), ("square", "epsilon", 255), ("bec", "share", 1))
 AT_MOST += (("retuning", "momentum", 0.999), ("query", "momentum", 0.999))
 BOUNDED = ("query", "universal", "square")  # whose epsilon is in grey levels: below 1 it changes no image
@@ -63,8 +63,8 @@ def _shared(this: Run, command: str, models: dict, told: dict) -> dict:
     if not other or not path.exists():
         return told
     theirs = records.read(path)
-    sections = [config.get("reactivate", {}) | FREE for config in (theirs.config, this.config)]
-    if sections[0] != sections[1] or theirs.config.get("measured_on", "test") != this.config["measured_on"]:
+    sections = [{"reactivate": config.get("reactivate", {})} for config in (theirs.config, this.config)]
+    if workdir.differences(*sections, ignore=FREE) or theirs.config.get("measured_on", "test") != this.config["measured_on"]:
         return told
     taken = {}
     for name in (models[row].name for row in ("none", "clean") if row in models):
