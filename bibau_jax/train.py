@@ -19,7 +19,7 @@ from flax import struct
 
 from bibau_jax import keys, limits, parallel, progress
 from bibau_jax.checkpoint import Keeper
-from bibau_jax.data.augment import crop_and_flip
+from bibau_jax.data.augment import crop_and_flip, cutout
 from bibau_jax.errors import Diverged, UserError
 from bibau_jax.method.terms import cross_entropy
 from bibau_jax.models import Classifier
@@ -104,9 +104,13 @@ def amsgrad(rate) -> optax.GradientTransformation:
     return optax.chain(optax.GradientTransformation(init, update), optax.scale_by_learning_rate(rate))
 
 
-def augmented(extra, batch, key, *, padding: int, flip: bool):
-    """The ordinary preparation of a batch, crop and flip: (pixels in float32, labels, a penalty of 0, `extra` unchanged)."""
+def augmented(extra, batch, key, *, padding: int, flip: bool, holes: int = 0):
+    """The ordinary preparation of a batch, crop and flip: (pixels in float32, labels, a penalty of 0, `extra` unchanged).
+
+    holes: pixels a side of the square that is cut out of each image, 0 for none.
+    """
     pixels = crop_and_flip(keys.stream(key, "augment"), batch["images"], padding=padding, flip=flip)
+    pixels = cutout(keys.stream(key, "cutout"), pixels, length=holes)
     return pixels.astype(jnp.float32), batch["labels"], 0.0, extra
 
 

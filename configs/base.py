@@ -304,4 +304,6 @@ def defense() -> ConfigDict:
     config.nad.teacher_epochs = 10
     config.nad.teacher_rate = 0.01
     config.nad.betas = (500.0, 1000.0, 1000.0)  # of the last stages' attention maps
+    config.nad.drops = (2, 20)  # epochs after which the rate falls to a tenth
+    config.nad.cutout = 9  # pixels a side of the black square in each image; 3 in the authors' code
     return config

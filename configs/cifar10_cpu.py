@@ -66,6 +66,7 @@ def get_config(attack: str = "badnets"):
     config.defense.sau.learning_rate = 1e-3
     config.defense.nad.learning_rate = 0.03  # at 0.1 so few steps end at 28 % of clean accuracy
     config.defense.nad.teacher_rate = 0.03
+    config.defense.nad.cutout = 0  # as when the rates were chosen
     for name in ("bti_dbf", "pam"):
         section = config.defense[name]
         section.pretrain_epochs = section.mask_epochs = section.generator_epochs = section.epochs = 10

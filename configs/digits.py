@@ -13,6 +13,7 @@ def get_config(attack: str = "badnets"):
     config.data.clean_size = 300
     config.data.validation_size = 97
     config.data.padding = 1
+    config.defense.nad.cutout = 2  # of 8 pixels; the authors' 9 are of 32
     config.data.flip = False  # a mirrored 2 is no digit
     config.model.width = 8
     config.model.stages = (1, 1, 1)

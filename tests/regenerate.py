@@ -93,7 +93,7 @@ QUICK = {
     "bnp": {"u": 0.5},
     "i_bau": {"epochs": 1, "radius": 1.0},
     "sau": {"epochs": 1, "steps": 2},
-    "nad": {"epochs": 1, "teacher_epochs": 1},
+    "nad": {"epochs": 1, "teacher_epochs": 1, "cutout": 2},
     "nc": {"inversion_epochs": 2, "enough": 0.01, "limit": 0.1, "epochs": 1},
     "bti_dbf": _ROUNDS,
     "pam": _ROUNDS,

@@ -98,3 +98,26 @@ def test_a_batch_over_several_devices_gives_the_images_of_one_device(pixels, axi
 def test_a_negative_padding_is_an_error(pixels):
     with pytest.raises(UserError, match="padding must not be negative: -1"):
         augment.crop_and_flip(keys.root(0), pixels, padding=-1, flip=True)
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 30])
+def test_cutout_blackens_one_square_whose_centre_lies_in_the_image(pixels, length):
+    found = np.asarray(augment.cutout(keys.root(0), pixels, length=length))
+    assert found.dtype == pixels.dtype
+    drawn = set()
+    for before, after in zip(np.asarray(pixels), found, strict=True):
+        hole = (after == 0).all(-1)
+        np.testing.assert_array_equal(after, np.where(hole[:, :, None], 0, before))
+        places = [np.flatnonzero(hole.any(axis)) for axis in (1, 0)]
+        assert hole.sum() == len(places[0]) * len(places[1])  # a rectangle
+        for of_axis, size in zip(places, hole.shape, strict=True):
+            assert len(of_axis) == length or of_axis[0] == 0 or of_axis[-1] == size - 1  # cut off by an edge alone
+            assert len(of_axis) >= min(length - length // 2, size)  # no more than half of it lies outside
+        drawn.add(tuple((int(of_axis[0]), int(of_axis[-1])) for of_axis in places))
+    assert len(drawn) > 30 or length == 30  # each image has its own; one of 30 covers everything
+
+
+def test_no_cutout_is_none_and_a_negative_one_an_error(pixels):
+    assert augment.cutout(keys.root(0), pixels, length=0) is pixels
+    with pytest.raises(UserError, match="cutout must not be negative: -2"):
+        augment.cutout(keys.root(0), pixels, length=-2)

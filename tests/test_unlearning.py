@@ -11,7 +11,7 @@ import pytest
 
 from bibau_jax import defenses, keys, models, parallel, train
 from bibau_jax.defenses import bti_dbf, i_bau, nad, pam, sau
-from bibau_jax.errors import NotApplicable
+from bibau_jax.errors import NotApplicable, UserError
 from bibau_jax.method import pgd
 from bibau_jax.method.terms import cross_entropy
 from bibau_jax.models import inside
@@ -315,7 +315,10 @@ def test_images_are_reversed_towards_the_class_that_is_asked_for(tiny, tiny_vari
     assert loss(np.int32(2)) - loss(np.int32(-1)) == pytest.approx(float(towards), rel=1e-4)
 
 
-def test_nads_rate_falls_to_a_tenth_after_two_epochs(tiny, tiny_variables, digits, monkeypatch):
+@pytest.mark.parametrize(("options", "falls"), [({}, (8, 80)), ({"drops": (5,)}, (20,))])
+def test_nads_rate_falls_to_a_tenth_after_two_and_twenty_epochs_or_those_asked_for(
+    tiny, tiny_variables, digits, monkeypatch, options, falls
+):
     rates, real = [], train.sgd
 
     def look(rate, **options):
@@ -323,9 +326,35 @@ def test_nads_rate_falls_to_a_tenth_after_two_epochs(tiny, tiny_variables, digit
         return real(rate, **options)
 
     monkeypatch.setattr(nad.train, "sgd", look)
-    nad.purify(keys.root(0), tiny, tiny_variables, digits.train.take(slice(0, 32)), epochs=1, teacher_epochs=1, batch_size=8)
-    student = rates[-1]
-    assert [round(float(student(step)), 6) for step in (0, 7, 8, 79, 80)] == [0.1, 0.1, 0.01, 0.01, 0.001]
+    clean = digits.train.take(slice(0, 32))
+    nad.purify(keys.root(0), tiny, tiny_variables, clean, epochs=1, teacher_epochs=1, batch_size=8, **options)
+    for number, step in enumerate(falls):
+        before, after = float(rates[-1](step - 1)), float(rates[-1](step))
+        assert (before, after) == (pytest.approx(0.1 * 0.1**number), pytest.approx(0.01 * 0.1**number))
+    assert float(rates[-1](1000)) == pytest.approx(0.1 * 0.1 ** len(falls))
+
+
+def test_nad_cuts_squares_out_for_teacher_and_student(tiny, tiny_variables, digits):
+    clean = digits.train.take(slice(0, 32))
+    white = dataclasses.replace(clean, images=np.full_like(clean.images, 255))
+    optimizer = train.sgd(0.1, momentum=0.9, weight_decay=0.0)
+    state = train.new_state(tiny_variables, optimizer)
+    batch = {"images": jnp.asarray(white.images), "labels": jnp.asarray(white.labels)}
+    pixels, *_ = train.augmented((), batch, keys.root(1), padding=0, flip=False, holes=3)
+    assert set(np.unique(np.sum(np.asarray(pixels) == 0, (1, 2, 3)))) <= {4, 6, 9}  # corners, edges, inside
+    options = {"classifier": tiny, "optimizer": optimizer, "paths": tiny.stages[-1:], "betas": (1.0,), "padding": 0}
+    options |= {"flip": False}
+    found = [nad.step(state, tiny_variables, batch, keys.root(1), holes=holes, **options)[1]["loss"] for holes in (0, 3)]
+    assert float(found[0]) != float(found[1])
+    whole = {"epochs": 1, "teacher_epochs": 1, "batch_size": 32, "padding": 0, "flip": False}
+    kept, cut = (nad.purify(keys.root(0), tiny, tiny_variables, white, cutout=size, **whole).history for size in (0, 3))
+    assert all(one["loss"] != other["loss"] for one, other in zip(kept, cut, strict=True))
+
+
+@pytest.mark.parametrize("wrong", [{"cutout": -1}, {"drops": (0,)}, {"drops": (3, 3)}])
+def test_nads_wrong_settings_are_named(tiny, tiny_variables, digits, wrong):
+    with pytest.raises(UserError, match="nad needs a cutout that is not negative, and drops"):
+        nad.purify(keys.root(0), tiny, tiny_variables, digits.train.take(slice(0, 20)), **wrong)
 
 
 def test_attention_is_not_applicable_to_a_network_without_stages(tiny, tiny_variables, digits):

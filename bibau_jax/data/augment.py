@@ -31,3 +31,24 @@ def crop_and_flip(key: jax.Array, pixels: jax.Array, *, padding: int, flip: bool
     if padding or flip:
         pixels = jnp.take_along_axis(pixels, columns[:, None, :, None], axis=2)
     return pixels
+
+
+def cutout(key: jax.Array, pixels: jax.Array, *, length: int) -> jax.Array:
+    """Blackens one square of each image, `length` pixels a side (0: none), whose centre lies anywhere in it; edges cut it off.
+
+    pixels: [N, H, W, C], any type; the result has the same shape and type. UserError for a negative length.
+    Source: DeVries and Taylor 2017.
+    """
+    if length < 0:
+        raise UserError(f"cutout must not be negative: {length}")
+    if not length:
+        return pixels
+    batch, height, width, _ = pixels.shape
+
+    def covered(name, size):
+        first = jax.random.randint(keys.stream(key, name), (batch, 1), 0, size) - length // 2
+        places = jnp.arange(size)[None]
+        return (places >= first) & (places < first + length)
+
+    hole = covered("row", height)[:, :, None, None] & covered("column", width)[:, None, :, None]
+    return jnp.where(hole, jnp.zeros_like(pixels), pixels)

@@ -26,14 +26,18 @@ def purify(
     weight_decay: float = 5e-4,
     padding: int = 4,
     flip: bool = True,
+    cutout: int = 0,
 ) -> Purified:
-    """Cross-entropy on clean images, BatchNorm in train mode: the baseline that stands beside every defence."""
+    """Cross-entropy on clean images, BatchNorm in train mode: the baseline that stands beside every defence.
+
+    cutout: pixels a side of the black square in each image, 0 for none.
+    """
     check_clean(classifier, clean)
     steps = epochs * max(1, len(clean) // min(batch_size, len(clean)))
     optimizer = train.sgd(
         train.learning_rate_schedule(schedule, learning_rate, steps), momentum=momentum, weight_decay=weight_decay
     )
-    prepare = partial(train.augmented, padding=padding, flip=flip)
+    prepare = partial(train.augmented, padding=padding, flip=flip, holes=cutout)
     step = partial(train.train_step, classifier=classifier, optimizer=optimizer, prepare=prepare)
     state, history = train.fit(
         step,

@@ -13,7 +13,7 @@ import optax
 
 from bibau_jax import keys, train
 from bibau_jax.data import ImageSet
-from bibau_jax.data.augment import crop_and_flip
+from bibau_jax.data.augment import crop_and_flip, cutout
 from bibau_jax.defenses import ft
 from bibau_jax.defenses.protocol import Purified, as_data, check_clean, watch
 from bibau_jax.errors import NotApplicable, UserError
@@ -32,9 +32,10 @@ def distance(one: jax.Array, other: jax.Array) -> jax.Array:
     return jnp.mean((attention(one) - attention(other)) ** 2, -1)
 
 
-def step(state, teacher, batch, key, *, classifier, optimizer, paths, betas, padding, flip):
+def step(state, teacher, batch, key, *, classifier, optimizer, paths, betas, padding, flip, holes):
     """One step on CE + sum of beta times the distance of attention maps, BatchNorm in train mode, the teacher's at rest."""
-    pixels = crop_and_flip(keys.stream(key, "augment"), batch["images"], padding=padding, flip=flip).astype(jnp.float32)
+    pixels = crop_and_flip(keys.stream(key, "augment"), batch["images"], padding=padding, flip=flip)
+    pixels = cutout(keys.stream(key, "cutout"), pixels, length=holes).astype(jnp.float32)
     _, wanted = inside.look(classifier, teacher, pixels, paths)
 
     def objective(params):
@@ -56,10 +57,21 @@ def check_network(classifier: Classifier) -> None:
         raise NotApplicable("attention maps of convolutional stages are compared, and this network has none")
 
 
-def check(num_classes: int, *, epochs: int = 20, teacher_epochs: int = 10, betas: Sequence[float] = (1.0,), **others) -> None:
+def check(
+    num_classes: int,
+    *,
+    epochs: int = 20,
+    teacher_epochs: int = 10,
+    betas: Sequence[float] = (1.0,),
+    drops: Sequence[int] = (2, 20),
+    cutout: int = 9,
+    **others,
+) -> None:
     """Raises `UserError` on settings that `purify` cannot use."""
     if min(epochs, teacher_epochs) < 1 or not betas or min(betas) < 0:
         raise UserError("nad needs at least one epoch of each kind and betas that are not negative")
+    if cutout < 0 or min(drops, default=1) < 1 or len(set(drops)) < len(drops):
+        raise UserError("nad needs a cutout that is not negative, and drops after different epochs, the first after 1 or later")
 
 
 def purify(
@@ -78,17 +90,20 @@ def purify(
     momentum: float = 0.9,
     weight_decay: float = 1e-4,
     betas: Sequence[float] = (500.0, 1000.0, 1000.0),
+    drops: Sequence[int] = (2, 20),
+    cutout: int = 9,
     padding: int = 4,
     flip: bool = True,
 ) -> Purified:
-    """Distils `teacher_epochs` of fine-tuning into the backdoored model; the rate falls to a tenth after epochs 2 and 20.
+    """Distils `teacher_epochs` of fine-tuning into the backdoored model; its rate falls to a tenth after each epoch of `drops`.
 
     `betas` weigh the distance of attention maps after the last stages of the network, the deepest last; squared and averaged
     over places, as in the authors' code. A network of fewer stages takes as many of the last betas.
+    `cutout`: pixels a side of the black square in each image (the paper: 9; its code: 3; 0 for none).
     """
     check_clean(classifier, clean)
     check_network(classifier)
-    check(classifier.num_classes, epochs=epochs, teacher_epochs=teacher_epochs, betas=betas)
+    check(classifier.num_classes, epochs=epochs, teacher_epochs=teacher_epochs, betas=betas, drops=drops, cutout=cutout)
     shared = {"batch_size": batch_size, "momentum": momentum, "weight_decay": weight_decay, "padding": padding, "flip": flip}
     teacher = ft.purify(
         keys.stream(key, "teacher"),
@@ -98,13 +113,15 @@ def purify(
         journal=journal.part("teacher", 2),
         epochs=teacher_epochs,
         learning_rate=teacher_rate,
+        cutout=cutout,
         **shared,
     )
     count = min(len(betas), len(classifier.stages))
     steps = max(1, len(clean) // min(batch_size, len(clean)))
-    rate = optax.piecewise_constant_schedule(learning_rate, {2 * steps: 0.1, 20 * steps: 0.1})
+    rate = optax.piecewise_constant_schedule(learning_rate, {epoch * steps: 0.1 for epoch in drops})
     optimizer = train.sgd(rate, momentum=momentum, weight_decay=weight_decay, nesterov=True)
-    options = {"paths": classifier.stages[-count:], "betas": tuple(betas)[-count:], "padding": padding, "flip": flip}
+    options = {"paths": classifier.stages[-count:], "betas": tuple(betas)[-count:]}
+    options |= {"padding": padding, "flip": flip, "holes": cutout}
     state, history = train.fit(
         partial(step, classifier=classifier, optimizer=optimizer, **options),
         train.new_state(variables, optimizer),
