@@ -142,7 +142,7 @@ def flat(config: dict, prefix: str = "") -> dict:
 
 # A setting that came after a run was made is taken as what was done then: as empty, 0 or off, but for these.
 DONE_BEFORE = {"model.normalisation": "given", "data.held_out": 0.2, "defense.attack_form": "cross_entropy"}
-DONE_BEFORE |= {"defense.pgd.block": 1}
+DONE_BEFORE |= {"defense.pgd.block": 1, "defense.nad.drops": [2, 20]}
 DONE_BEFORE |= {"defense.nc.memory": 8.0, "scan.memory": 4.0}  # there was no limit; what was run stays within these
 
 

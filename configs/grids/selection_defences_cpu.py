@@ -20,7 +20,10 @@ REVERSED = {
     "width": 8,
     "batch_size": 64,
 }
-THEIRS = {"learning_rate": 0.1, "teacher_rate": 0.01}  # NAD's authors'
+UNCUT = {"cutout": 0}
+THEIRS = UNCUT | {"learning_rate": 0.1, "teacher_rate": 0.01}  # NAD's authors' rates
+OURS = {"learning_rate": 0.03, "teacher_rate": 0.03}
+TWO = {"max_loss": 0.02}
 CANDIDATES = {
     "nc": {"": {}, "enough95": {"enough": 0.95}, "epochs30": {"inversion_epochs": 30}},
     "sau": {"e10_1e3": {"epochs": 10, "learning_rate": 1e-3}, "e20_5e4": {"epochs": 20, "learning_rate": 5e-4}},
@@ -28,7 +31,8 @@ CANDIDATES = {
         "": THEIRS,
         "rate05": THEIRS | {"teacher_rate": 0.05},
         "1e2": THEIRS | {"learning_rate": 0.01},
-        "3e2": {"learning_rate": 0.03, "teacher_rate": 0.03},
+        "3e2": UNCUT | OURS,
+        "3e2_cutout": OURS,
     },
     "bti_dbf": {
         "1e3": REVERSED | {"learning_rate": 1e-3},
@@ -42,11 +46,12 @@ CANDIDATES = {
         "rho07": REVERSED | {"rho": 0.7},
         "rho1_3e3": REVERSED | {"rho": 1.0, "learning_rate": 0.003},
     },
-    "anp": {"": {}, "eps04": {"epsilon": 0.4}, "it600": {"iterations": 600}},
+    "anp": {"": TWO, "eps04": TWO | {"epsilon": 0.4}, "it600": TWO | {"iterations": 600}, "loss4": {"max_loss": 0.04}},
     "rnp": {
-        "": {"recover_rate": 0.05},
-        "rate02": {"recover_rate": 0.2},
-        "to02": {"recover_rate": 0.05, "unlearned": 0.2},
+        "": TWO | {"recover_rate": 0.05},
+        "rate02": TWO | {"recover_rate": 0.2},
+        "to02": TWO | {"recover_rate": 0.05, "unlearned": 0.2},
+        "rate02_loss4": {"recover_rate": 0.2, "max_loss": 0.04},
     },
     "i_bau": {"": {}},
     "clp": {"": {}, "u3": {"u": 3.0}},

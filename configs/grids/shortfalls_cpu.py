@@ -12,15 +12,20 @@ from bibau_jax import grid
 # As many steps as its authors take of 2,500 images in batches of 64, at their rates.
 NAD = {"name": "nad", "nad.epochs": 52, "nad.teacher_epochs": 26, "nad.drops": (5, 52)}
 NAD |= {"nad.learning_rate": 0.1, "nad.teacher_rate": 0.01}
+UNCUT = {"nad.cutout": 0}
 # Likewise, of batches of 128; its generator stays narrow.
 BTI_DBF = {"name": "bti_dbf", "bti_dbf.rounds": 5, "bti_dbf.learning_rate": 1e-4, "bti_dbf.pretrain_epochs": 66}
 BTI_DBF |= {"bti_dbf.mask_epochs": 26, "bti_dbf.generator_epochs": 40, "bti_dbf.epochs": 40}
 CHANGES = {
-    "nad_long": NAD,
-    "nad_long_cutout": NAD | {"nad.cutout": 9},
-    "nad_cutout": {"name": "nad", "nad.cutout": 9},
+    "nad": {"name": "nad"} | UNCUT,
+    "nad_cutout": {"name": "nad"},
+    "nad_long": NAD | UNCUT,
+    "nad_long_cutout": NAD,
+    "rnp_loss2": {"name": "rnp", "rnp.max_loss": 0.02},
     "rnp_loss4": {"name": "rnp", "rnp.max_loss": 0.04},
+    "anp_loss2": {"name": "anp", "anp.max_loss": 0.02},
     "anp_loss4": {"name": "anp", "anp.max_loss": 0.04},
+    "clp": {"name": "clp"},
     "clp_u3": {"name": "clp", "clp.u": 3.0},
     "bti_dbf_long": BTI_DBF,
 }
