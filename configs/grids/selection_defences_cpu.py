@@ -52,6 +52,9 @@ CANDIDATES = {
         "rate02": TWO | {"recover_rate": 0.2},
         "to02": TWO | {"recover_rate": 0.05, "unlearned": 0.2},
         "rate02_loss4": {"recover_rate": 0.2, "max_loss": 0.04},
+        # As many steps of the masks as its authors take of 500 images: 75; 20 epochs are 300.
+        "e5": {"recover_rate": 0.2, "max_loss": 0.04, "recover_epochs": 5},
+        "e5_to02": {"recover_rate": 0.2, "max_loss": 0.04, "recover_epochs": 5, "unlearned": 0.2},
     },
     "i_bau": {"": {}},
     "clp": {"": {}, "u3": {"u": 3.0}},
