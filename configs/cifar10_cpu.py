@@ -61,6 +61,7 @@ def get_config(attack: str = "badnets"):
     config.defense.rnp.batch_size = 64
     config.defense.rnp.unlearn_rate = 1e-3
     config.defense.rnp.unlearned = 0.4
+    config.defense.rnp.recover_epochs = 5  # about the steps of its authors' 20 on 500 images; in 20 too many masks end at 0
     # With 2 points RNP prunes nothing on some networks; BackdoorBench allows a tenth, which were 8 points here.
     config.defense.anp.max_loss = config.defense.rnp.max_loss = 0.04
     config.defense.clp.u = 4.0  # at 3 it prunes channels that the clean task needs

@@ -23,7 +23,7 @@ REVERSED = {
 UNCUT = {"cutout": 0}
 THEIRS = UNCUT | {"learning_rate": 0.1, "teacher_rate": 0.01}  # NAD's authors' rates
 OURS = {"learning_rate": 0.03, "teacher_rate": 0.03}
-TWO = {"max_loss": 0.02}
+TWO, TWENTY = {"max_loss": 0.02}, {"recover_epochs": 20}
 CANDIDATES = {
     "nc": {"": {}, "enough95": {"enough": 0.95}, "epochs30": {"inversion_epochs": 30}},
     "sau": {"e10_1e3": {"epochs": 10, "learning_rate": 1e-3}, "e20_5e4": {"epochs": 20, "learning_rate": 5e-4}},
@@ -48,10 +48,10 @@ CANDIDATES = {
     },
     "anp": {"": TWO, "eps04": TWO | {"epsilon": 0.4}, "it600": TWO | {"iterations": 600}, "loss4": {"max_loss": 0.04}},
     "rnp": {
-        "": TWO | {"recover_rate": 0.05},
-        "rate02": TWO | {"recover_rate": 0.2},
-        "to02": TWO | {"recover_rate": 0.05, "unlearned": 0.2},
-        "rate02_loss4": {"recover_rate": 0.2, "max_loss": 0.04},
+        "": TWO | TWENTY | {"recover_rate": 0.05},
+        "rate02": TWO | TWENTY | {"recover_rate": 0.2},
+        "to02": TWO | TWENTY | {"recover_rate": 0.05, "unlearned": 0.2},
+        "rate02_loss4": TWENTY | {"recover_rate": 0.2, "max_loss": 0.04},
         # As many steps of the masks as its authors take of 500 images: 75; 20 epochs are 300.
         "e5": {"recover_rate": 0.2, "max_loss": 0.04, "recover_epochs": 5},
         "e5_to02": {"recover_rate": 0.2, "max_loss": 0.04, "recover_epochs": 5, "unlearned": 0.2},

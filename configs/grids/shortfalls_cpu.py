@@ -20,7 +20,7 @@ CHANGES = {
     "nad_cutout": {"name": "nad"},
     "nad_long": NAD | UNCUT,
     "nad_long_cutout": NAD,
-    "rnp_loss4": {"name": "rnp", "rnp.max_loss": 0.04},
+    "rnp_loss4": {"name": "rnp", "rnp.max_loss": 0.04, "rnp.recover_epochs": 20},
     "anp_loss4": {"name": "anp", "anp.max_loss": 0.04},
     "clp_u3": {"name": "clp", "clp.u": 3.0},
     "bti_dbf_long": BTI_DBF,
