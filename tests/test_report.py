@@ -20,7 +20,10 @@ from bibau_jax.errors import UserError
 from bibau_jax.report import figures, html, progress, strip, tables, words
 
 RESULTS = Path(__file__).parents[1] / "results"
-PAGES = sorted(path.stem for path in RESULTS.glob("*.md") if path.stem != "scan" and (RESULTS / "records" / path.stem).is_dir())
+SCANS = ("scan", "nc_alarms")  # tests/test_scans.py
+PAGES = sorted(
+    path.stem for path in RESULTS.glob("*.md") if path.stem not in SCANS and (RESULTS / "records" / path.stem).is_dir()
+)
 HOSTILE = "<script src='https://evil.example/x.js'>alert(1)</script>\"&"
 DEFENSES = {"backdoored": "none", "clean": "clean", "finetuned": "ft", "base_at": "base_at", "purified": "bibau_u"}
 

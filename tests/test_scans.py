@@ -1,6 +1,7 @@
 """What scans of known models add up to, from their records."""
 
 import json
+import shutil
 from importlib import resources
 from pathlib import Path
 
@@ -109,3 +110,14 @@ def test_the_verdicts_of_neural_cleanse_are_counted_likewise(tmp_path):
     assert "## What NC flagged" in page and "(nc.png)" in page and "1 of 2" in page
     assert "(`defense.nc.at_most=0.5`): 0 of 2 (0 %" in page and "of the clean models, 1 of 1 (100 %" in page
     assert page.count(" 0.70 |") == 2
+
+
+@pytest.mark.parametrize(("name", "of"), [("scan", "scan"), ("nc_alarms", "nc")])
+def test_published_results_are_what_their_records_say(name, of, tmp_path):
+    results = ROOT / "results"
+    shutil.copy(results / f"{name}.md", tmp_path)
+    _, broken = scans.write(results / "records" / name, tmp_path / name, of=of)
+    assert not broken
+    for suffix in (".md", ".json"):
+        again = f"python -m bibau_jax.report.scans results/records/{name} --of {of} --out results/{name}"
+        assert (tmp_path / f"{name}{suffix}").read_bytes() == (results / f"{name}{suffix}").read_bytes(), again
