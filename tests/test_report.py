@@ -375,6 +375,22 @@ def test_an_empty_folder_is_a_one_line_error(tmp_path, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1 and not (tmp_path / "results.md").exists()
 
 
+def test_a_model_that_several_records_tell_is_listed_once_and_where_most_is_told(tmp_path):
+    one, other = record_dict(), record_dict()
+    for told in (one, other):
+        told["metrics"]["clean"] |= {"model_sha256": "the twin"}
+        told["metrics"]["finetuned"] |= {"model_sha256": "tuned"}
+    other["metrics"]["clean"] |= {"r_asr": 3.0}
+    other["metrics"]["finetuned"] |= {"model_sha256": "tuned otherwise"}
+    for name, told in (("a", one), ("b", other)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(told))
+    found, _ = series.collect(tmp_path)
+    listed = [(row["defense"], row["record"]) for row in series.once(series.rows(found)) if row["defense"] in ("clean", "ft")]
+    assert listed == [("clean", "b.json"), ("ft", "a.json"), ("ft", "b.json")]
+    twin = next(line for line in series.summary(series.rows(found)) if line["defense"] == "clean")
+    assert twin["n"] == 1 and twin["r_asr"]["mean"] == 3.0
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_published_results_are_what_their_records_say(name, tmp_path):
     page, told = RESULTS / f"{name}.md", RESULTS.parent / "README.md"

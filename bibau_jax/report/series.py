@@ -256,13 +256,26 @@ def spread(values) -> dict:
 
 
 def _without_repeats(made) -> list[dict]:
-    """The rows less those of a model that was measured before: several records may share a backdoored model or a twin."""
-    told = {}
+    """The rows less those of a model that others tell too, the fullest kept: records may share a backdoored model or a twin."""
+    told: dict[tuple, dict] = {}
     for row in made:
         model = row.get("model_sha256")
         same = tuple((key, value) for key, value in row.items() if key not in ("record", "seconds", "device"))
-        told.setdefault((row["seed"], model) if model else same, row)
+        place = (row["seed"], model) if model else same
+        if place not in told or _told(row) > _told(told[place]):
+            told[place] = row
     return list(told.values())
+
+
+def _told(row: dict) -> int:
+    return sum(value is not None for value in row.values())
+
+
+def once(made) -> list[dict]:
+    """The rows with every model once in each line of the summary, in the same order."""
+    groups = _grouped(made, lambda row: tuple(row[key] for key in GROUP))
+    kept = {id(row) for _, members in groups for row in _without_repeats(members)}
+    return [row for row in made if id(row) in kept]
 
 
 def summary(made) -> list[dict]:

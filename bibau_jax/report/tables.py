@@ -197,7 +197,7 @@ def markdown(found: dict, text: str = f"{OPEN}\n{CLOSE}") -> str:
     head = f"{text}\n\n<!-- made from records by bibau_jax.report.tables; only the text above is written by hand -->\n"
     first = glance(lines)
     first = f"## At a glance\n\nR-ASR by attack, percent, after the averages over all of them.\n\n{first}\n" if first else ""
-    body = f"{first}## Summary\n\n{_summary_table(lines)}\n{note}\n\n## Every run\n\n{_rows_table(made)}"
+    body = f"{first}## Summary\n\n{_summary_table(lines)}\n{note}\n\n## Every run\n\n{_rows_table(series.once(made))}"
     return f"{head}\n{body}\n## Machines and commands\n\n{_machines(found)}"
 
 
