@@ -17,7 +17,7 @@ from rich.console import Console
 
 from bibau_jax import records
 from bibau_jax.errors import UserError
-from bibau_jax.report import figures, html, progress, strip, tables, words
+from bibau_jax.report import figures, html, progress, series, strip, tables, words
 
 RESULTS = Path(__file__).parents[1] / "results"
 SCANS = ("scan", "nc_alarms")  # tests/test_scans.py
