@@ -69,6 +69,7 @@ def check(run: Run, wanted: list[str]) -> None:
         raise UserError(f"the defender's clean images have none of class {missing[0]}, which every defence would forget")
     for row in run.rows:
         module, options = defenses.get(row), run.options(row)
+        _own_settings(row, config["defense"].get(row, {}))
         if hasattr(module, "check"):
             module.check(classifier.num_classes, **options)
         if hasattr(module, "check_network") and row == config["defense"]["name"]:
@@ -97,6 +98,17 @@ def check(run: Run, wanted: list[str]) -> None:
         _same_model(run, "reuse", "implant", (*IMPLANT_PARTS, "attack", "implant"))
     if config["implant"]["clean_twin"] not in ("train", "none"):
         _same_model(run, "clean_twin", "clean", (*IMPLANT_PARTS, "implant"))
+
+
+def _own_settings(row: str, section: dict) -> None:
+    """Refuses what no training of a defence with settings of its own can use, whichever it is."""
+    for name, value in section.items():
+        if name == "batch_size" and value < 1:
+            raise UserError(f"defense.{row}.{name} must be at least 1, got {value}")
+        if name.endswith("rate") and value <= 0:
+            raise UserError(f"defense.{row}.{name} must be positive, got {value}")
+        if (name == "momentum" and not 0 <= value < 1) or (name == "weight_decay" and value < 0):
+            raise UserError(f"defense.{row}.{name} must not be negative{', and below 1' * (name == 'momentum')}, got {value}")
 
 
 def _network(section: dict) -> None:
