@@ -391,6 +391,17 @@ def test_a_model_that_several_records_tell_is_listed_once_and_where_most_is_told
     assert twin["n"] == 1 and twin["r_asr"]["mean"] == 3.0
 
 
+def test_a_model_without_a_backdoor_has_no_attack(tmp_path):
+    told = record_dict()
+    told["config"]["implant"] = {"innocent": True}
+    (tmp_path / "clean.json").write_text(json.dumps(told))
+    (tmp_path / "badnets.json").write_text(json.dumps(record_dict()))
+    page, _ = tables.write(tmp_path, tmp_path / "page")
+    lines = [line for line in page[0].read_text().splitlines() if "| Fine-tuning |" in line]
+    assert [line.split(" | ")[2] for line in lines[:2]] == ["BadNets", "none (clean model)"]
+    assert "settings 2" not in page[0].read_text()
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_published_results_are_what_their_records_say(name, tmp_path):
     page, told = RESULTS / f"{name}.md", RESULTS.parent / "README.md"

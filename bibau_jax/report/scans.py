@@ -18,7 +18,6 @@ from bibau_jax.errors import UserError
 from bibau_jax.report import pictures, series, tables, words
 
 NAME = "scan_rates.json"  # in this package: what pages say of the scan's reliability; made with --rates
-CLEAN = "clean"
 SMALL = 0.5  # of the median mask's size: what NC's verdicts are also counted with
 OF = {"scan": "the scan", "nc": "NC"}  # whose verdicts are counted
 # What a scan may end with.
@@ -53,7 +52,7 @@ def rows(found: dict, of: str = "scan") -> list[dict]:
             {
                 "dataset": config["data"]["name"],
                 "model": words.model(config["model"]),
-                "attack": CLEAN if clean else config["attack"]["name"],
+                "attack": words.CLEAN if clean else config["attack"]["name"],
                 "seed": record.seed,
                 "end": end,
                 "anomaly_index": scan["anomaly_index"],
@@ -68,7 +67,7 @@ def rows(found: dict, of: str = "scan") -> list[dict]:
 
 
 def _place(row: dict) -> tuple:
-    return row["dataset"], row["model"], row["attack"] != CLEAN, words.order(words.ATTACKS, row["attack"]), row["seed"]
+    return row["dataset"], row["model"], row["attack"] != words.CLEAN, words.order(words.ATTACKS, row["attack"]), row["seed"]
 
 
 def summary(made) -> list[dict]:
@@ -84,8 +83,8 @@ def summary(made) -> list[dict]:
 
 def reliability(lines) -> dict[str, dict]:
     """Of all clean models how many were flagged; of all backdoored ones, by which attacks, in how many the attack's class."""
-    kinds = {"clean": [line for line in lines if line["attack"] == CLEAN]}
-    kinds["backdoored"] = [line for line in lines if line["attack"] != CLEAN]
+    kinds = {"clean": [line for line in lines if line["attack"] == words.CLEAN]}
+    kinds["backdoored"] = [line for line in lines if line["attack"] != words.CLEAN]
     hits = {"clean": "other", "backdoored": "target"}
     made = {
         kind: {"models": sum(line["models"] for line in some), "flagged": sum(line[hits[kind]] for line in some)}
@@ -111,7 +110,13 @@ def markdown(made, text: str, of: str = "scan", drawn: str = "scan.png") -> str:
     lines = summary(made)
     headings = ("Data set", "Model", "Attack", "Models", *ENDS.values())
     body = [
-        (words.dataset(line["dataset"]), line["model"], _attack(line), line["models"], *(line[end] for end in ENDS))
+        (
+            words.dataset(line["dataset"]),
+            line["model"],
+            words.attack(line["attack"]),
+            line["models"],
+            *(line[end] for end in ENDS),
+        )
         for line in lines
     ]
     told = reliability(lines)
@@ -125,7 +130,7 @@ def markdown(made, text: str, of: str = "scan", drawn: str = "scan.png") -> str:
         )
     if sized := [row for row in made if "relative_size" in row]:
         small = [row for row in sized if row["flagged"] and row["relative_size"] <= SMALL]
-        clean = [row for row in sized if row["attack"] == CLEAN]
+        clean = [row for row in sized if row["attack"] == words.CLEAN]
         struck = [row for row in small if row["end"] == "target" and row["suspected"] in row["flagged"]]
         said.append(
             f"Only masks of at most {SMALL:g} of the median’s size flagged (`defense.nc.at_most={SMALL:g}`): "
@@ -134,7 +139,13 @@ def markdown(made, text: str, of: str = "scan", drawn: str = "scan.png") -> str:
         )
     said.append("Wilson’s 95 % intervals. A model that several runs share is counted once.")
     each = [
-        (words.dataset(row["dataset"]), _attack(row), row["seed"], words.number(row["anomaly_index"], 2), row["suspected"])
+        (
+            words.dataset(row["dataset"]),
+            words.attack(row["attack"]),
+            row["seed"],
+            words.number(row["anomaly_index"], 2),
+            row["suspected"],
+        )
         + (", ".join(map(str, row["flagged"])) or words.NOTHING, ENDS[row["end"]], row["record"])
         for row in made
     ]
@@ -148,10 +159,6 @@ def markdown(made, text: str, of: str = "scan", drawn: str = "scan.png") -> str:
         f"![The largest anomaly index of every model]({drawn})\n\n"
         f"## Every model\n\n{tables.markdown_table(columns, 2, each)}"
     )
-
-
-def _attack(row: dict) -> str:
-    return "none (clean model)" if row["attack"] == CLEAN else words.attack(row["attack"])
 
 
 def picture(made, path: Path, of: str = "scan") -> Path:

@@ -74,9 +74,9 @@ def _row(record, measured, name: str) -> dict:
 
 
 def _attack(config: dict) -> str:
-    """The attack of a row; nobody knows a stranger's, but where its trigger is given."""
+    """The attack of a row, "clean" where there is none; nobody knows a stranger's, but where its trigger is given."""
     if not config["model"].get("weights"):
-        return config["attack"]["name"]
+        return words.CLEAN if config.get("implant", {}).get("innocent") else config["attack"]["name"]
     return "patch" if config.get("verify", {}).get("trigger") else "unknown"
 
 

@@ -2,6 +2,7 @@
 
 import math
 
+CLEAN = "clean"  # in place of an attack, where a model has no backdoor
 ATTACKS = {
     "badnets": "BadNets",
     "blended": "Blended",
@@ -47,8 +48,8 @@ NOTHING = "–"
 
 
 def attack(name) -> str:
-    """The attack's name as its paper writes it; a name not known is shown as it is."""
-    return ATTACKS.get(name, str(name))
+    """The attack's name as its paper writes it, `CLEAN` as none; a name not known is shown as it is."""
+    return "none (clean model)" if name == CLEAN else ATTACKS.get(name, str(name))
 
 
 def defense(name) -> str:
