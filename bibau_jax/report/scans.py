@@ -178,7 +178,7 @@ def picture(made, path: Path, of: str = "scan") -> Path:
         )
     for limit in {row["limit"] for row in made}:
         axis.axvline(limit, color="#1c1d1f", linewidth=1, linestyle="--")
-    names = [f"{_attack({'attack': attack})}, {words.dataset(dataset)}" for dataset, attack in kinds]
+    names = [f"{words.attack(attack)}, {words.dataset(dataset)}" for dataset, attack in kinds]
     axis.set(
         yticks=range(len(kinds)), yticklabels=names, ylim=(len(kinds) - 0.5, -0.5), xlabel="Largest anomaly index of a class"
     )
