@@ -58,6 +58,8 @@ def check(run: Run, wanted: list[str]) -> None:
         training(section, config[section])
     if config["checkpoint_every"] < 1 or config["data"]["padding"] < 0:
         raise UserError("checkpoint_every must be at least 1, data.padding at least 0")
+    if config["defense"]["cutout"] < 0:
+        raise UserError("defense.cutout must not be negative")
     if config["defense"]["max_seconds"] < 0 or config["data"]["clean_ratio"] < 0:
         raise UserError("defense.max_seconds and data.clean_ratio must not be negative; 0 sets no limit, and takes clean_size")
     if config["measured_on"] not in ("test", "validation"):

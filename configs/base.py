@@ -209,6 +209,7 @@ def defense() -> ConfigDict:
     config.schedule = "cosine"
     config.momentum = 0.9
     config.weight_decay = 5e-4
+    config.cutout = 0  # of FT: pixels a side of a black square in each image, 0 for none
     config.max_grad_norm = 5.0  # BI-BAU clips the gradient's global norm at this; 0 for never
 
     config.max_loss = 0.0  # points of held-out clean accuracy that purification may cost; 0 for any

@@ -309,6 +309,7 @@ def test_without_a_clean_twin_the_checks_that_need_one_are_left_out_and_said_so(
         ({"defense.beside": "rnp", "defense.rnp.recover_rate": 0.0}, "defense.rnp.recover_rate must be positive, got 0.0"),
         ({"defense.beside": "nad", "defense.nad.momentum": 1.0}, "defense.nad.momentum must not be negative, and below 1"),
         ({"defense.beside": "nad", "defense.nad.cutout": -1}, "nad needs a cutout that is not negative"),
+        ({"defense.name": "ft", "defense.cutout": -1}, "defense.cutout must not be negative"),
         ({"defense.max_seconds": -1.0}, "defense.max_seconds and data.clean_ratio must not be negative"),
         ({"data.clean_ratio": -0.1}, "defense.max_seconds and data.clean_ratio must not be negative"),
         ({"measured_on": "train"}, 'measured_on "train" is unknown; choose test or validation'),

@@ -26,7 +26,7 @@ TRAINING = ("epochs", "batch_size", "learning_rate", "schedule", "momentum", "we
 USES = {
     "none": (),
     "clean": (),
-    "ft": TRAINING,
+    "ft": (*TRAINING, "cutout"),
     "ibu": (*TRAINING, "ibu"),
     "base_at": (*TRAINING, "pgd", "max_grad_norm", "softened", "temperature"),
     "nc": (*TRAINING, "nc"),

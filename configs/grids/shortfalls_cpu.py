@@ -18,6 +18,8 @@ BTI_DBF = {"name": "bti_dbf", "bti_dbf.rounds": 5, "bti_dbf.learning_rate": 1e-4
 BTI_DBF |= {"bti_dbf.mask_epochs": 26, "bti_dbf.generator_epochs": 40, "bti_dbf.epochs": 40}
 CHANGES = {
     "nad_cutout": {"name": "nad"},
+    "ft_cutout": {"name": "ft", "cutout": 9},  # is it the distillation or the squares?
+    "ft_long_cutout": {"name": "ft", "cutout": 9, "epochs": 67},
     "nad_long": NAD | UNCUT,
     "nad_long_cutout": NAD,
     "rnp_loss4": {"name": "rnp", "rnp.max_loss": 0.04, "rnp.recover_epochs": 20},
