@@ -1,6 +1,5 @@
 """What the commands share: the flags --config and --workdir, and ending with one line."""
 
-import ast
 import itertools
 import re
 import shlex
@@ -9,6 +8,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
+from bibau_jax import records
 from bibau_jax.errors import NOT_APPLICABLE, NotApplicable, UserError, say
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "settings, e.g. configs/cifar10.py:blended", lock_config=True)
@@ -34,6 +34,23 @@ def _apart(flags: list[str], name: str) -> tuple[list[str], list[str]]:
     return found, others
 
 
+def _where(argv: list[str], first: list[str]) -> str:
+    """Which flag names a setting that the config file lacks, and which one is meant where it only left out sections.
+
+    `first` are the flags that name the file.
+    """
+    sys.argv[1:] = first  # where overrides are read from
+    try:
+        flags.FLAGS(sys.argv)
+        known = [f"--config.{name}" for name in records.flat(CONFIG.value.to_dict())]
+    except (AttributeError, KeyError):  # of the file's own
+        return f" (in {' '.join(first)})"
+    written = ("--" + flag.partition("=")[0].lstrip("-") for flag in argv if flag.startswith("-"))
+    where = next((flag for flag in written if flag.startswith("--config.") and flag not in known), "")
+    meant = [name for name in known if where and name.endswith(where.removeprefix("--config"))]
+    return (f" (in {where})" if where else "") + (f"; did you mean {meant[0]}?" if len(meant) == 1 else "")
+
+
 def command_line() -> str:
     """The command that started this program, for all stages: run in another folder, it makes the same record."""
     return shlex.join(["python", "-m", "bibau_jax.main", *_apart(sys.argv[1:], "config.stages")[1]])
@@ -52,12 +69,9 @@ def read_flags(argv: list[str]) -> list[str]:
     except UserError as error:
         fail(error)
     except (AttributeError, KeyError) as error:
-        reason = str(error.args[0])
-        nested = reason.startswith("'\\'")  # of a section within a section the message comes in quotes
-        reason = ast.literal_eval(reason) if nested else reason
-        name = reason.split("'")[1] if "'" in reason else reason
-        where = next((flag for flag in argv if f".{name}" in flag.partition("=")[0]), "").partition("=")[0]
-        fail(f"unknown setting {reason}" + (f" (in {where})" if where else ""))
+        reason = error.args[0]
+        reason = str(reason.args[0] if isinstance(reason, KeyError) else reason)  # of a section in a section it is wrapped
+        fail(f"unknown setting {reason}{_where(argv[1:], first)}")
     except (flags.Error, OSError, ImportError, SyntaxError, TypeError, ValueError) as error:
         said = str(error).removeprefix("Configuration is not available because of an earlier failure to load: ")
         if "Traceback (most recent call last)" in said:  # of the file's own get_config; what went wrong stands last

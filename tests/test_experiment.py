@@ -307,6 +307,7 @@ def test_without_a_clean_twin_the_checks_that_need_one_are_left_out_and_said_so(
         ({"defense.name": "bti_dbf", "defense.bti_dbf.batch_size": 0}, "defense.bti_dbf.batch_size must be at least 1, got 0"),
         ({"defense.beside": "nad", "defense.nad.teacher_rate": -0.1}, "defense.nad.teacher_rate must be positive, got -0.1"),
         ({"defense.beside": "rnp", "defense.rnp.recover_rate": 0.0}, "defense.rnp.recover_rate must be positive, got 0.0"),
+        ({"defense.beside": "rnp", "defense.rnp.max_grad_norm": -1.0}, "rnp needs epochs of at least 1, unlearned within 0..1"),
         ({"defense.beside": "nad", "defense.nad.momentum": 1.0}, "defense.nad.momentum must not be negative, and below 1"),
         ({"defense.beside": "nad", "defense.nad.cutout": -1}, "nad needs a cutout that is not negative"),
         ({"defense.name": "ft", "defense.cutout": -1}, "defense.cutout must not be negative"),

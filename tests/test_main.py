@@ -256,6 +256,8 @@ def ended(process) -> str:
         (["--config.defence.epochs=3"], """unknown setting 'defence' Did you mean "defense" instead of "defence"?"""),
         (["--config.defense.epoch=3"], """unknown setting 'epoch' Did you mean "epochs" instead of "epoch"?"""),
         (["--config.defense.pdg.steps=3"], "unknown setting 'pdg'"),
+        (["--config.pgd.steps=3"], "unknown setting 'pgd' (in --config.pgd.steps); did you mean --config.defense.pgd.steps?"),
+        (["--config.softened=0"], "unknown setting 'softened' (in --config.softened); did you mean --config.defense.softened?"),
         (["--config.seed=abc"], "flag --config.seed=abc: invalid literal for int()"),
         (["--config.defense.pgd.steps=2.5"], "flag --config.defense.pgd.steps=2.5: invalid literal for int()"),
         (["--nonsense=1"], "Unknown command line flag 'nonsense'"),
@@ -267,6 +269,12 @@ def test_a_wrong_flag_is_named_before_jax_is_even_started(program, tmp_path, fla
     line = ended(program(f"--workdir={tmp_path / 'run'}", *flags))
     assert line.startswith(f"bibau_jax: {words}")
     assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("name", ["defense.target", "epochs"])  # nowhere, and in many sections
+def test_no_other_setting_is_proposed_where_none_can_be_meant(program, tmp_path, name):
+    line = ended(program(f"--workdir={tmp_path / 'run'}", f"--config.{name}=3"))
+    assert line == f"bibau_jax: unknown setting '{name.split('.')[-1]}' (in --config.{name})"
 
 
 @pytest.mark.parametrize(

@@ -45,12 +45,13 @@ def check(
     alpha: float = 0.2,
     threshold: float = 0.0,
     max_loss: float = 0.02,
+    max_grad_norm: float = 20.0,
     **others,
 ) -> None:
     """Raises `UserError` on settings that `purify` cannot use."""
     check_threshold(threshold, max_loss)
-    if min(unlearn_epochs, recover_epochs) < 1 or not 0 <= unlearned < 1 or alpha <= 0:
-        raise UserError("rnp needs at least one epoch of each kind, unlearned within 0..1 and a positive alpha")
+    if min(unlearn_epochs, recover_epochs) < 1 or not 0 <= unlearned < 1 or alpha <= 0 or max_grad_norm < 0:
+        raise UserError("rnp needs epochs of at least 1, unlearned within 0..1, a positive alpha, no negative max_grad_norm")
 
 
 def purify(
@@ -79,8 +80,8 @@ def purify(
     """Unlearns until an epoch's accuracy is at most `unlearned` (0..1), recovers masks, prunes the original network by them.
 
     Args:
-      max_grad_norm: bound on the gradient while unlearning, which is unbounded below; the authors' code means to have it too
-        but applies it before there is a gradient.
+      max_grad_norm: bound on the gradient while unlearning, which is unbounded below, 0 for none; the authors' code means to
+        have it too but applies it before there is a gradient.
       alpha: scales the recovering loss, as in the authors' code.
       threshold: channels with masks up to it are pruned; 0 takes the largest that costs at most `max_loss` (0..1) of the
         accuracy on `held_out` (on `clean` where there are none).
@@ -98,6 +99,7 @@ def purify(
         alpha=alpha,
         threshold=threshold,
         max_loss=max_loss,
+        max_grad_norm=max_grad_norm,
     )
     steps = max(1, len(clean) // min(batch_size, len(clean)))
     rate = optax.piecewise_constant_schedule(unlearn_rate, {10 * steps: 0.1, 20 * steps: 0.1})

@@ -9,6 +9,7 @@ import statistics
 import sys
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -27,8 +28,9 @@ def terminal(record) -> Table:
         return own.terminal(record)
     config, more = record.config, words.further(record)
     title = f"{words.attack(config['attack']['name'])} on {words.dataset(config['data']['name'])}, seed {record.seed}"
-    table = Table(title=title, caption=f"{words.verdict(record)}\n{words.reservation(record)}")
-    table.add_column("model")
+    caption = f"{words.verdict(record)}\n{words.reservation(record)}"
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fits 80 columns with every check
+    table.add_column("model", min_width=11)
     for heading in ("CA %", "ASR %", "robust %", *map(words.measure, more), "seconds", "peak MB"):
         table.add_column(heading, justify="right")
     for measured in series.in_order(record.metrics.values()):
