@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from bibau_jax import keys, models, parallel, train
+from bibau_jax import keys, limits, models, parallel, train
 from bibau_jax.data import ImageSet
 from bibau_jax.defenses import inversion, nc
 from bibau_jax.errors import UserError
@@ -153,6 +153,77 @@ def test_the_weight_rises_while_triggers_reach_their_class_and_falls_while_they_
         rtol=1e-6,
     )
     assert np.asarray(state.best_size).tolist() == [2.0, inversion.NEVER] and not np.asarray(state.hits).any()
+
+
+def test_a_search_goes_the_way_of_a_plain_loop_until_it_ends():
+    patience, stop_after, count, rng = 2, 3, 6, np.random.default_rng(0)
+
+    class Some:
+        num_classes, image_shape = count, (2, 2, 1)
+
+    rates = (rng.uniform(size=(60, count)) < np.linspace(0.3, 1.0, count)).astype(float)  # which epochs reach enough images
+    sizes = np.linspace(40, 20, 60)[:, None] + rng.uniform(0, 12, (60, count))
+    state, ends = inversion.start(keys.root(0), Some, optax.sgd(0.1)), []
+    seen = []
+    for rate, size in zip(rates, sizes, strict=True):
+        state = state.replace(step=state.step + 1, hits=rate, sizes=size)
+        state = inversion._end_of_epoch(state, per_epoch=1, enough=0.9, patience=patience, stop_after=stop_after, least=0.0)
+        seen.append(jax.device_get((state.best_size, state.weight, state.ended)))
+    for label in range(count):
+        best = before = np.inf
+        weight, up, down, waited, raised, lowered, ended = inversion.FIRST_WEIGHT, 0, 0, 0, False, False, False
+        for epoch in range(60):
+            if not ended:
+                good = rates[epoch, label] >= 0.9
+                best = min(best, sizes[epoch, label]) if good else best
+                waited = waited + 1 if np.isfinite(best) and best >= 0.99 * before else 0
+                before = min(before, best)
+                ended = waited >= stop_after and raised and lowered
+                up, down = (up + 1, 0) if good else (0, down + 1)
+                if up == patience:
+                    weight, up, raised = 2 * weight, 0, True
+                if down == patience:
+                    weight, down, lowered = weight / 2**1.5, 0, True
+            found = [part[label] for part in seen[epoch]]
+            assert bool(found[2]) == ended, (label, epoch)
+            np.testing.assert_allclose(found[:2], [min(best, inversion.NEVER), weight], rtol=1e-4)
+        ends.append(ended)
+    assert any(ends) and not all(ends)
+
+
+def test_groups_of_classes_share_the_time(tiny, tiny_variables, digits, monkeypatch):
+    seen, real = [], inversion.together
+
+    def look(*given, **options):
+        seen.append(options["journal"].clock.limit)
+        options["journal"].clock.take(1.0)
+        return real(*given, **options | {"journal": train.Journal()})
+
+    monkeypatch.setattr(inversion, "together", look)
+    clean, options = digits.train.take(slice(0, 20)), {"epochs": 1, "batch_size": 20, "memory": 1e-9, "classes": (0, 1, 2)}
+    given = (keys.root(0), tiny, tiny_variables, clean)
+    inversion.invert(*given, **options, journal=train.Journal(clock=limits.Clock(12.0)))
+    assert seen == [4.0, 5.5, 10.0]
+
+
+def test_a_class_for_which_no_time_was_left_is_no_finding(tiny, tiny_variables, digits):
+    clean = digits.train.take(slice(0, 40))
+    clock = limits.Clock(1e-6)  # over after one epoch of the first class
+    found = nc.purify(
+        keys.root(0),
+        tiny,
+        tiny_variables,
+        clean,
+        inversion_epochs=1,
+        memory=1e-9,
+        batch_size=20,
+        padding=0,
+        flip=False,
+        journal=train.Journal(clock=clock),
+    )
+    sizes = found.evidence["sizes"]
+    assert np.isfinite(sizes[0]) and np.isinf(sizes[1:]).all() and clock.has_cut
+    assert found.told["flagged"] == [] and found.told["suspected"] == 0 and found.told["relative_size"] == 1.0
 
 
 @pytest.mark.parametrize(("least", "then"), [(0.0, 2e-5), (1e-3, 1e-3)])

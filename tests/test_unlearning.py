@@ -1,6 +1,7 @@
 """Defences that train against what they take for the trigger: their bounds, gradients and fixed points."""
 
 import dataclasses
+import itertools
 from functools import partial
 
 import jax
@@ -15,7 +16,7 @@ from bibau_jax.errors import NotApplicable, UserError
 from bibau_jax.method import pgd
 from bibau_jax.method.terms import cross_entropy
 from bibau_jax.models import inside
-from bibau_jax.models.unet import UNet
+from bibau_jax.models.unet import UNet, halvings
 
 
 @pytest.fixture
@@ -115,6 +116,52 @@ def test_i_bau_with_amsgrad_takes_pytorchs(tiny, tiny_variables, digits, monkeyp
     assert rates == [1e-4]
 
 
+def test_the_perturbation_is_charged_for_its_length():
+    logits, labels, delta = jnp.array([[2.0, 0.0], [0.0, 1.0]]), jnp.array([0, 0]), jnp.full((1, 2, 2, 1), 0.5)
+    mean = (np.log(1 + np.exp(-2.0)) + np.log(1 + np.exp(1.0))) / 2
+    assert float(i_bau.misled(logits, labels, delta, 0.3)) == pytest.approx(-mean + 0.3 * 1.0, rel=1e-5)
+
+
+def test_a_step_of_i_bau_is_the_fixed_points_gradient_of_its_first_batch(tiny, tiny_variables, digits):
+    later, first = digits.train.take(slice(0, 8)), digits.train.take(slice(8, 16))
+    statistics, rate, penalty = tiny_variables["batch_stats"], 0.1, 0.5
+    delta = jnp.asarray(np.random.default_rng(0).normal(0, 0.05, (1, 16, 16, 1)), jnp.float32)
+
+    def losses(params, images, labels, delta):
+        pixels = images.astype(jnp.float32) + 255 * delta
+        return cross_entropy(tiny.apply({"params": params, "batch_stats": statistics}, pixels).logits, labels)
+
+    optimizer = optax.sgd(1.0)
+    start = train.new_state(tiny_variables, optimizer)
+    state = i_bau.State(start.step, start.params, start.statistics, start.opt_state, delta)
+    options = {"classifier": tiny, "optimizer": optimizer, "share": 0.25, "terms": 5, "map_rate": rate, "penalty": penalty}
+    batch = {"images": jnp.asarray(later.images), "labels": jnp.asarray(later.labels)}
+    found, told = i_bau.step(state, (jnp.asarray(first.images), jnp.asarray(first.labels)), batch, keys.root(0), **options)
+
+    # Two of the eight images carry it, and their places are told by the loss.
+    params = tiny_variables["params"]
+    plain, changed = (losses(params, batch["images"], batch["labels"], part) for part in (0 * delta, delta))
+    pairs = list(itertools.combinations(range(8), 2))
+    means = np.array([float(plain.sum() + sum(changed[n] - plain[n] for n in pair)) / 8 for pair in pairs])
+    near = np.flatnonzero(np.abs(means - float(told["loss"])) < 1e-5)
+    assert len(near) == 1
+    chosen = np.zeros((8, 1, 1, 1), np.float32)
+    chosen[list(pairs[near[0]])] = 1
+
+    outer = lambda d, p: losses(p, batch["images"], batch["labels"], chosen * d).mean()  # noqa: E731
+    inner = lambda d, p: -losses(p, first.images, first.labels, d).mean() + penalty * jnp.sum(d**2)  # noqa: E731
+    _, back = jax.vjp(lambda d, p: d - rate * jax.grad(inner)(d, p), delta, params)
+    v, upwards = 0 * delta, jax.grad(outer)(delta, params)
+    for _ in range(5):
+        v = back(v)[0] + upwards
+    expected = jax.tree.map(jnp.add, jax.grad(outer, argnums=1)(delta, params), back(v)[1])
+    moved = jax.tree.map(jnp.subtract, params, found.params)
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    for one, other in zip(*map(jax.tree.leaves, (moved, expected)), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4 * largest)
+    np.testing.assert_array_equal(found.delta, delta)
+
+
 # --- SAU
 
 
@@ -186,6 +233,64 @@ def test_the_shared_perturbation_stays_within_its_bound(clip, tiny, tiny_variabl
     assert within == clip  # digits are black and white, so that a free perturbation leaves the range
 
 
+@pytest.mark.parametrize("train_mode", [False, True])
+def test_a_step_of_sau_unlearns_what_the_backdoored_model_was_led_to(train_mode, tiny, tiny_variables, batch, monkeypatch):
+    images, labels = batch
+    rng = np.random.default_rng(3)
+
+    def opinionated(variables):
+        """With another end, which takes different images for different classes."""
+        features = tiny.apply(variables, images).features
+        kernel = rng.normal(0, 5, (features.shape[-1], 10)).astype(np.float32)
+        return variables | {"params": variables["params"] | {"head": {"kernel": kernel, "bias": -features.mean(0) @ kernel}}}
+
+    tiny_variables, backdoored = opinionated(tiny_variables), opinionated(tiny_variables)
+    adversarial = jnp.concatenate([images[:2], images[:1:-1]])  # the first two lead nowhere
+    seen = []
+    monkeypatch.setattr(sau, "search", lambda *given, **options: seen.append(given) or adversarial)
+    optimizer = optax.sgd(1.0)
+    state, told = sau.step(
+        train.new_state(tiny_variables, optimizer),
+        backdoored,
+        {"images": images, "labels": labels},
+        keys.root(0),
+        classifier=tiny,
+        optimizer=optimizer,
+        attack={},
+        train_mode=train_mode,
+        lambdas={},
+        lambda_unlearning=0.7,
+    )
+    # The search is shown both models, the one that is purified first, and what each takes the clean images for.
+    _, _, models_seen, before = seen[0]
+    for variables, model, classes in zip((tiny_variables, backdoored), models_seen, before, strict=True):
+        np.testing.assert_array_equal(model["params"]["head"]["kernel"], variables["params"]["head"]["kernel"])
+        np.testing.assert_array_equal(classes, tiny.apply(variables, images).logits.argmax(-1))
+
+    led = np.asarray(tiny.apply(backdoored, adversarial).logits.argmax(-1))
+    was = np.asarray(tiny.apply(backdoored, images).logits.argmax(-1))
+    counted = (led != np.asarray(labels)) & (led != was)
+    assert 0 < counted.sum() < len(counted)
+
+    def loss(params):
+        both = jnp.stack([images, adversarial], 1).reshape(-1, *images.shape[1:])
+        logits = tiny.apply(tiny_variables | {"params": params}, both, train=train_mode).logits
+        unlearned = 0.0
+        for n in np.flatnonzero(counted):
+            chance = jax.nn.softmax(logits[2 * n + 1])[led[n]]
+            far = jnp.log(1e-6 + jnp.minimum(1 - chance, 0.999)) + jnp.log(1 + 1e-6 - jnp.maximum(chance, 0.001))
+            unlearned -= far / 2 / len(images)
+        return cross_entropy(logits[0::2], labels).mean() + 0.7 * unlearned, unlearned
+
+    (value, unlearned), slopes = jax.value_and_grad(loss, has_aux=True)(tiny_variables["params"])
+    assert float(told["loss"]) == pytest.approx(float(value), rel=1e-4) and float(unlearned) > 0.01
+    moved = jax.tree.map(jnp.subtract, tiny_variables["params"], state.params)
+    for one, expected in zip(*map(jax.tree.leaves, (moved, slopes)), strict=True):
+        np.testing.assert_allclose(one, expected, atol=1e-4 * max(1.0, float(jnp.abs(expected).max())))
+    rests = all(jax.tree.leaves(jax.tree.map(np.array_equal, state.statistics, tiny_variables["batch_stats"])))
+    assert rests != train_mode
+
+
 # --- NAD
 
 
@@ -228,6 +333,20 @@ def test_the_generator_gives_images_of_the_size_that_it_is_given(shape):
     assert made.shape == images.shape
     alone = net.apply({"params": params}, images[:1])
     np.testing.assert_allclose(made[:1], alone, atol=1e-4)  # instance statistics: no image depends on the others
+
+
+@pytest.mark.parametrize(("size", "times"), [(2, 0), (8, 2), (16, 3), (17, 4), (28, 4), (32, 4), (64, 4)])
+def test_images_are_halved_until_two_places_are_left(size, times):
+    assert halvings(size, 64) == halvings(64, size) == times
+
+
+def test_nothing_within_the_generator_is_dead_on_small_images():
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 16, 1)), jnp.float32)
+    net = UNet(2)
+    params = net.init(jax.random.key(0), images)["params"]
+    slopes = jax.grad(lambda params: jnp.sum(net.apply({"params": params}, images) ** 2))(params)
+    kernels = {name: leaf["kernel"] for name, leaf in slopes.items() if "kernel" in leaf}
+    assert "middle_conv1" in kernels and all(np.abs(leaf).max() > 0 for leaf in kernels.values())
 
 
 def test_the_point_of_the_gradient_lies_rho_towards_the_backdoored_weights():
@@ -288,6 +407,100 @@ def test_rounds_go_on_from_each_other_but_look_back_at_the_backdoored_model(name
     assert not all(jax.tree.leaves(jax.tree.map(np.array_equal, now, before["params"])))
 
 
+def mean_square(one, other) -> float:
+    return float(((np.asarray(one, np.float64) - np.asarray(other, np.float64)) ** 2).mean())
+
+
+def test_the_mask_keeps_what_the_labels_need_and_leaves_out_the_rest(tiny, tiny_variables, batch):
+    images, labels = batch
+    outputs, features = bti_dbf.feature_map(tiny, tiny_variables, images, train=True)
+    raw = jnp.asarray(np.random.default_rng(0).normal(size=(1, *features.shape[1:])), jnp.float32)
+    optimizer = optax.sgd(1e3)
+    state = bti_dbf.MaskState(jnp.zeros((), jnp.int32), raw, optimizer.init(raw), tiny_variables["batch_stats"])
+
+    def loss(raw):
+        kept, rest = (
+            cross_entropy(bti_dbf.from_feature_map(tiny, tiny_variables, images, part * features), labels).mean()
+            for part in (bti_dbf.squashed(raw), 1 - bti_dbf.squashed(raw))
+        )
+        return float(kept), float(rest)
+
+    options = {"classifier": tiny, "optimizer": optimizer, "prepare": lambda key, batch: batch["images"]}
+    now, told = bti_dbf.mask_step(state, tiny_variables, {"images": images, "labels": labels}, keys.root(0), **options)
+    (kept, rest), (later, left) = loss(raw), loss(now.params)
+    assert float(told["loss"]) == pytest.approx(kept - rest, rel=1e-4) and rest > 0
+    assert later < kept and left > rest  # on the way down, each by itself
+    same = jax.tree.map(np.array_equal, now.statistics, outputs.statistics)
+    assert all(jax.tree.leaves(same))  # the copy's statistics drift
+
+
+@pytest.mark.parametrize(("shift", "weight"), [(3.0, 0.01), (60.0, 100.0)])
+def test_the_generator_is_called_back_the_harder_the_farther_it_strays(shift, weight, tiny, tiny_variables, batch):
+    images, labels = batch
+    scale, optimizer = bti_dbf.scale_of(np.asarray(images)), optax.sgd(1.0)
+    options = {"classifier": tiny, "optimizer": optimizer, "scale": scale, "prepare": lambda key, batch: batch["images"]}
+    _, told = bti_dbf.likeness_step(
+        train.new_state({"params": {"shift": shift}, "batch_stats": {}}, optimizer),
+        tiny_variables,
+        {"images": images, "labels": labels},
+        keys.root(0),
+        generate=lambda params, pixels: pixels + params["shift"],
+        **options,
+    )
+    (plain, features), (changed, moved) = (
+        bti_dbf.feature_map(tiny, tiny_variables, given) for given in (images, images + shift)
+    )
+    wanted, given = (np.asarray(jax.nn.softmax(outputs.logits), np.float64) for outputs in (changed, plain))
+    answers = -(wanted * (given - np.log(np.exp(given).sum(-1, keepdims=True)))).sum(-1).mean()  # probabilities as logits
+    apart = float(((shift / scale.std) ** 2).mean())
+    assert (apart > 0.1) == (weight > 1)
+    assert float(told["loss"]) == pytest.approx(answers + mean_square(features, moved) + weight * apart, rel=1e-4)
+
+
+@pytest.mark.parametrize("shift", [3.0, 60.0])
+def test_what_the_mask_leaves_out_is_moved_and_what_it_keeps_is_not(shift, tiny, tiny_variables, batch):
+    images, labels = batch
+    scale, optimizer = bti_dbf.scale_of(np.asarray(images)), optax.sgd(1.0)
+    _, features = bti_dbf.feature_map(tiny, tiny_variables, images)
+    _, moved = bti_dbf.feature_map(tiny, tiny_variables, images + shift)
+    mask = np.random.default_rng(0).uniform(0, 1, (1, *features.shape[1:])).astype(np.float32)
+    _, told = bti_dbf.reversal_step(
+        train.new_state({"params": {"shift": shift}, "batch_stats": {}}, optimizer),
+        (tiny_variables, mask, np.int32(-1)),
+        {"images": images, "labels": labels},
+        keys.root(0),
+        classifier=tiny,
+        generate=lambda params, pixels: pixels + params["shift"],
+        scale=scale,
+        optimizer=optimizer,
+        prepare=lambda key, batch: batch["images"],
+    )
+    benign, rest = mean_square(mask * features, mask * moved), mean_square((1 - mask) * features, (1 - mask) * moved)
+    apart = float(((shift / scale.std) ** 2).mean())
+    assert (apart > 0.3) == (shift > 10) and benign < 3 and rest > 0
+    assert float(told["loss"]) == pytest.approx(apart if apart > 0.3 else 0.01 * benign - rest, rel=1e-3)
+
+
+def test_unlearning_asks_for_labels_and_for_features_that_stay(tiny, tiny_variables, batch):
+    images, labels = batch
+    optimizer = optax.sgd(0.1)
+    options = {"classifier": tiny, "optimizer": optimizer, "prepare": lambda key, batch: batch["images"]}
+    _, told = bti_dbf.unlearn_step(
+        train.new_state(tiny_variables, optimizer),
+        {"generator": {}},
+        {"images": images, "labels": labels},
+        keys.root(0),
+        generate=lambda params, pixels: 255 - pixels,
+        share=0.99,
+        **options,
+    )
+    outputs, moved = bti_dbf.feature_map(tiny, tiny_variables, 255 - images, train=True)
+    _, features = bti_dbf.feature_map(tiny, tiny_variables, images, train=True)
+    apart = mean_square(features, moved)
+    assert float(told["loss"]) == pytest.approx(float(cross_entropy(outputs.logits, labels).mean()) + apart, rel=1e-4)
+    assert apart > 1e-3
+
+
 def test_images_are_reversed_towards_the_class_that_is_asked_for(tiny, tiny_variables, batch):
     images, labels = batch
     scale, optimizer = bti_dbf.scale_of(np.asarray(images)), optax.sgd(1.0)
@@ -313,6 +526,34 @@ def test_images_are_reversed_towards_the_class_that_is_asked_for(tiny, tiny_vari
 
     towards = cross_entropy(tiny.apply(tiny_variables, images + 3.0).logits, jnp.full(len(images), 2)).mean()
     assert loss(np.int32(2)) - loss(np.int32(-1)) == pytest.approx(float(towards), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name, wrong",
+    [
+        ("bti_dbf", {"learning_rate": -1.0}),
+        ("bti_dbf", {"mask_rate": 0.0}),
+        ("bti_dbf", {"share": 1.0}),
+        ("bti_dbf", {"rounds": 0}),
+        ("pam", {"learning_rate": 0.0}),
+        ("pam", {"momentum": 1.0}),
+        ("pam", {"rho": -0.1}),
+        ("i_bau", {"share": 0.0}),
+        ("i_bau", {"radius": -1.0}),
+        ("i_bau", {"terms": 0}),
+        ("sau", {"epsilon": 0.0}),
+        ("sau", {"lambda_shared": -1.0}),
+        ("sau", {"steps": 0}),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(name, wrong, tiny, tiny_variables, digits):
+    words = {
+        "i_bau": "i_bau needs epochs and terms",
+        "sau": "sau needs epochs and steps",
+        "bti_dbf": "bti_dbf and pam need rounds",
+    }
+    with pytest.raises(UserError, match=words.get(name, "pam")):
+        defenses.get(name).purify(keys.root(0), tiny, tiny_variables, digits.train.take(slice(0, 20)), **wrong)
 
 
 @pytest.mark.parametrize(("options", "falls"), [({}, (8, 80)), ({"drops": (5,)}, (20,))])

@@ -72,7 +72,10 @@ def feature_map(classifier: Classifier, variables, pixels, *, train: bool = Fals
 
 
 def from_feature_map(classifier: Classifier, variables, pixels, features) -> jax.Array:
-    """Logits of the network's end for a feature map; `pixels` only say the shape."""
+    """Logits of the network's end for a feature map, in evaluation mode; `pixels` only say the shape.
+
+    A norm behind the last stage (PreAct, Wide ResNet) thus takes its running statistics, where the authors' networks have none.
+    """
     if not classifier.stages:
         head = at(variables["params"], classifier.head)
         return jnp.dot(features, head["kernel"], precision=jax.lax.Precision.HIGHEST) + head["bias"]
@@ -146,7 +149,10 @@ def reversal_step(state, frozen, batch, key, *, classifier, generate, scale, opt
 
 
 def replaced(pixels, key, generator, *, generate, share):
-    """The batch with `share` of its images, and one more, changed by the generator, on the 0..255 scale but not clipped."""
+    """The batch with `share` of its images, and one more, changed by the generator, on the 0..255 scale but not clipped.
+
+    All are changed and a mask chooses: chosen images gathered across devices would have to travel.
+    """
     count = min(int(share * len(pixels)) + 1, len(pixels))
     chosen = jax.random.permutation(keys.stream(key, "replaced"), jnp.arange(len(pixels)) < count)
     return jnp.where(chosen[:, None, None, None], generate(generator, pixels), pixels)
@@ -155,7 +161,7 @@ def replaced(pixels, key, generator, *, generate, share):
 def unlearn_step(state, frozen, batch, key, *, classifier, generate, optimizer, prepare, share):
     """One step on CE(f(x~), y) + MSE(h(x), h(x~)), BatchNorm in train mode; x~ carries reversed triggers, true labels stay."""
     pixels = prepare(key, batch)
-    mixed = jax.lax.stop_gradient(replaced(pixels, key, frozen["generator"], generate=generate, share=share))
+    mixed = replaced(pixels, key, frozen["generator"], generate=generate, share=share)
 
     def objective(params):
         variables = {"params": params, "batch_stats": state.statistics}
@@ -172,7 +178,7 @@ def unlearn_step(state, frozen, batch, key, *, classifier, generate, optimizer, 
 
 
 def check(num_classes: int, *, rounds: int = 1, width: int = 1, share: float = 0.1, **others) -> None:
-    """Raises `UserError` on settings that `by_rounds` cannot use: any count of epochs below 1, any rate not above 0."""
+    """Raises `UserError` on settings that `purify` cannot use: any count of epochs below 1, any rate not above 0."""
     epochs = [value for name, value in others.items() if name.endswith("epochs")]
     rates = [value for name, value in others.items() if name.endswith("rate")]
     if min(rounds, width, *epochs) < 1 or not 0 <= share < 1 or min(rates, default=1) <= 0:
@@ -213,6 +219,7 @@ def purify(
 
     `told` holds the class that reversed images are mostly taken for; `evidence` a few images and their reversed ones.
     """
+    check(classifier.num_classes, learning_rate=learning_rate)
     optimizer = optax.adam(learning_rate)
     step = partial(unlearn_step, optimizer=optimizer, share=share)
     return by_rounds(

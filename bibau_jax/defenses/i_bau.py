@@ -152,9 +152,11 @@ def purify(
       radius: bound of the perturbation's L2 norm on the 0..1 scale. The paper has one; the authors' scripts, unlike their
         notebook, leave it out, as 0 does here.
       share: of a batch's images that carry the perturbation, at least one. terms: K of the Neumann series, which need not
-        converge. amsgrad: Adam in that form, as BackdoorBench takes it, at a tenth of the learning rate, with batches of 256.
+        converge. amsgrad: Adam in that form, as BackdoorBench takes it, at a tenth of the learning rate, with batches of 256,
+        of images that it augments and normalises, on which `inner_rate` and `penalty` mean something else than here.
 
-    Images on the 0..1 scale, no augmentation, BatchNorm in evaluation mode throughout.
+    Images on the 0..1 scale, no augmentation, BatchNorm in evaluation mode throughout. The perturbation passes over the images
+    in their order, the hypergradient over shuffled batches; the authors' code takes the same unshuffled ones for both.
     """
     check_clean(classifier, clean)
     classifier = classifier.in_float32()  # as its authors compute

@@ -51,7 +51,8 @@ class State:
 class Triggers(NamedTuple):
     """One trigger a class: masks [K, H, W, 1] in 0..1, patterns [K, H, W, C] in 0..255, sizes and rates [K].
 
-    A size is the sum of the mask, mean over the epoch that it was kept after.
+    A size is the sum of the mask, mean over the epoch that it was kept after. `reached`: the share of images of other classes
+    that it sends to its class, 0..1.
     """
 
     masks: np.ndarray
@@ -127,7 +128,7 @@ def _end_of_epoch(state: State, *, per_epoch, enough, patience, stop_after, leas
     weight = jnp.where(raised, jnp.maximum(state.weight * RAISE, least), state.weight)
     weight = jnp.where(lowered, weight / LOWER, weight)
     moved = state.moved | jnp.stack([raised, lowered], 1)
-    ended = state.ended | ((waited >= stop_after) & moved.all(1))
+    ended = state.ended | ((waited >= stop_after) & state.moved.all(1))  # before this epoch's change, as in the authors' code
     new = state.replace(
         best=best,
         best_size=best_size,
@@ -201,14 +202,16 @@ def invert(
         each = min(batch_size, len(clean)) * (1 + len(also)) * activations(classifier, variables)
         count = max(1, int(memory * 2**30 / each))
     found, history, parts = [], [], []
-    for first in range(0, len(classes), count):
+    firsts = range(0, len(classes), count)
+    for number, first in enumerate(firsts):
         given = (keys.stream(key, "group", first) if first else key, classifier, variables, clean)
-        part = journal.part(f"from_{first}") if first else journal
+        # Each group its share of the time: a class that had none would look like one without a small trigger.
+        part = journal.part(f"from_{first}", len(firsts) - number) if len(firsts) > 1 else journal
         options = {"classes": classes[first : first + count], "also": also, "batch_size": batch_size, "journal": part}
         triggers, told = together(*given, **options, **search)
         found.append(triggers)
         history += told
-        parts += [part] if first else []
+        parts += [part] if len(firsts) > 1 else []
     for part in parts:
         if part.keeper is not None:
             part.keeper.clear()
@@ -260,7 +263,8 @@ def together(
       least: what the mask's weight is at least after it was raised; the authors double it from wherever it is.
       stop_after: epochs without a smaller mask after which a class ends, once its weight was raised and lowered.
 
-    Where no mask ever counts, that of the first epoch is kept with an infinite size, and never flagged.
+    Where no mask ever counts, that of the first epoch is kept with an infinite size; of a search that had no time for an
+    epoch, the drawn one with a size that is no number.
     """
     check_search(epochs, enough, patience, stop_after)
     classes, models = classes or tuple(range(classifier.num_classes)), (variables, *also)
@@ -281,7 +285,7 @@ def together(
     )
     masks, patterns = (np.asarray(part) for part in jax.device_get(shown(state.best)))
     sizes = np.asarray(jax.device_get(state.best_size), np.float64)
-    sizes = np.where(sizes < NEVER, sizes, np.inf)
+    sizes = np.where(sizes < NEVER, sizes, np.inf if history else np.nan)
     return Triggers(masks, patterns, sizes, _reached(classifier, models, clean, classes, masks, patterns)), history
 
 
@@ -300,7 +304,7 @@ def anomaly(sizes: np.ndarray, *, floor: float = 0.0) -> np.ndarray:
     """How many (scaled) median absolute deviations each size lies *below* the median, [K]; negative above it, 0 without spread.
 
     `floor` is the least that the spread is taken for.
-    Infinite sizes (no trigger found) are left out of the median and are minus infinity themselves.
+    Sizes that are not finite (no trigger found) are left out of the median and are minus infinity themselves.
     """
     finite = sizes[np.isfinite(sizes)]
     if not len(finite):

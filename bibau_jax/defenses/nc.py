@@ -16,7 +16,11 @@ from bibau_jax.models import Classifier
 
 
 def with_trigger(key: jax.Array, clean: ImageSet, share: float, triggers) -> ImageSet:
-    """The clean images, `share` of them replaced by stamped ones under their true labels: as many of each (mask, pattern)."""
+    """The clean images, `share` of them replaced by stamped ones under their true labels: as many of each (mask, pattern).
+
+    BackdoorBench stamps the same share with every trigger, one copy each; here several triggers divide it, so that the share
+    means the same however many classes are flagged.
+    """
     count = max(len(triggers), round(share * len(clean)))
     order = np.asarray(jax.random.permutation(key, len(clean)))[:count]
     images = clean.images.copy()
@@ -113,10 +117,13 @@ def purify(
         flip=flip,
         journal=journal.part("inversion", 2),
     )
-    # As in the authors' code: of the masks that are kept, also of those that never reached enough images.
-    triggers = triggers._replace(sizes=triggers.masks.sum((1, 2, 3)).astype(float))
-    index = anomaly(triggers.sizes)
-    relative = triggers.sizes / max(np.median(triggers.sizes), 1e-9)
+    # As in the authors' code: of the masks that are kept, also of those that never reached enough images. A class that was
+    # never searched, for want of time, has none.
+    sizes = np.where(np.isnan(triggers.sizes), np.inf, triggers.masks.sum((1, 2, 3)))
+    triggers = triggers._replace(sizes=sizes)
+    index = anomaly(sizes)
+    searched = sizes[np.isfinite(sizes)]
+    relative = np.where(np.isfinite(sizes), sizes, 0.0) / max(np.median(searched) if len(searched) else 1.0, 1e-9)
     flagged = np.flatnonzero((index > limit) & ((at_most == 0) | (relative <= at_most)))
     told = {"flagged": flagged.tolist(), "anomaly_index": float(index.max()) if np.isfinite(index.max()) else 0.0}
     told |= {"suspected": int(index.argmax()), "relative_size": float(relative[index.argmax()])}

@@ -44,10 +44,10 @@ def path_step(state, frozen, batch, key, *, classifier, generate, optimizer, pre
     return state, {"loss": loss, "accuracy": right}
 
 
-def check(num_classes: int, *, rho: float = 0.5, **others) -> None:
+def check(num_classes: int, *, rho: float = 0.5, momentum: float = 0.1, **others) -> None:
     """Raises `UserError` on settings that `purify` cannot use."""
-    if rho < 0:
-        raise UserError(f"pam.rho must not be negative, got {rho}")
+    if rho < 0 or not 0 <= momentum < 1:
+        raise UserError(f"pam.rho must not be negative and pam.momentum within 0..1, got {rho} and {momentum}")
     bti_dbf.check(num_classes, **others)
 
 
@@ -80,7 +80,7 @@ def purify(
     `rho` is a radius in weight space, not a fraction of the way (the authors: 0.3 to 0.9, 0.5 in their script); 0 is plain
     fine-tuning on reversed samples. The other settings are those of `bti_dbf.purify`, with the authors' values for PAM.
     """
-    check(classifier.num_classes, rho=rho)
+    check(classifier.num_classes, rho=rho, momentum=momentum, learning_rate=learning_rate)
     optimizer = optax.sgd(learning_rate, momentum or None)
     step = partial(path_step, optimizer=optimizer, share=share, rho=rho)
     return by_rounds(

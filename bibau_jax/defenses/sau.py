@@ -131,7 +131,8 @@ def purify(
       epsilon, step_size, steps: of the l-infinity search, pixels 0..255; it begins at +epsilon everywhere (0.2 of the range).
       lambda_adversarial, lambda_shared: weights in the search. lambda_unlearning: of L_sh against the clean loss.
       train_mode: BatchNorm on batch statistics in the update; by default it rests, which keeps more clean accuracy, and ASR.
-      clip: keep the images within 0..255; the authors' code does not.
+      clip: keep the images within 0..255, since a trigger is part of an image; the authors' code does not. Their weight of a
+        further loss CE(f(x'), y), which they leave at 0, has no setting.
     """
     check_clean(classifier, clean)
     classifier = classifier.in_float32()  # as its authors compute

@@ -6,13 +6,18 @@ import jax.numpy as jnp
 
 from bibau_jax.models.layers import conv
 
-DEPTH = 4  # halvings
+DEPTH = 4  # halvings at most
+
+
+def halvings(height: int, width: int) -> int:
+    """How often images are halved: `DEPTH` times, or until two places are left; InstanceNorm of a single one is always 0."""
+    return next(depth for depth in range(DEPTH, -1, -1) if min(height, width) > 2**depth or not depth)
 
 
 class UNet(nn.Module):
-    """[N, H, W, C] to [N, H, W, C], nothing squashed: `DEPTH` halvings with skips, InstanceNorm and leaky ReLU throughout.
+    """[N, H, W, C] to [N, H, W, C], nothing squashed: `halvings` with skips, InstanceNorm and leaky ReLU throughout.
 
-    `width` channels at full size, doubled at every halving (BTI-DBF: 32). Sizes that are no multiple of 2^DEPTH are filled up
+    `width` channels at full size, doubled at every halving (BTI-DBF: 32). Sizes that cannot be halved so often are filled up
     with zeros on the way in and cut off on the way out.
     """
 
@@ -21,13 +26,14 @@ class UNet(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         height, width, channels = images.shape[1:]
-        missing = [(0, -size % 2**DEPTH) for size in (height, width)]
+        depth = halvings(height, width)
+        missing = [(0, -size % 2**depth) for size in (height, width)]
         x, skips = jnp.pad(images, [(0, 0), *missing, (0, 0)]), []
-        for level in range(DEPTH):
+        for level in range(depth):
             x = self._block(x, self.width * 2**level, f"down{level}")
             skips.append(x)
             x = nn.max_pool(x, (2, 2), (2, 2))
-        x = self._block(x, self.width * 2**DEPTH, "middle")
+        x = self._block(x, self.width * 2**depth, "middle")
         for level, skip in reversed(list(enumerate(skips))):
             x = nn.leaky_relu(nn.ConvTranspose(x.shape[-1], (3, 3), (2, 2), name=f"widen{level}")(x))
             x = self._block(jnp.concatenate([x, skip], -1), self.width * 2**level, f"up{level}")
