@@ -158,10 +158,12 @@ def _own(run: Run, wanted: list[str]) -> None:
 
 
 def _numbers(config: dict) -> None:
-    """Refuses numbers that are not finite, and seeds that no key can be made of."""
+    """Refuses numbers that are not finite, other things among numbers, and seeds that no key can be made of."""
     for name, value in workdir.flat(config).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{name} is {value}; it must be a finite number")
+        if isinstance(value, list) and not all(isinstance(one, int | float) and math.isfinite(one) for one in value):
+            raise UserError(f"{name} is {value}; it must hold finite numbers")
     if not 0 <= config["seed"] < 2**31:
         raise UserError(f"seed {config['seed']} is outside 0..{2**31 - 1}")
 

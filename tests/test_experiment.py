@@ -308,6 +308,11 @@ def test_without_a_clean_twin_the_checks_that_need_one_are_left_out_and_said_so(
         ({"defense.beside": "nad", "defense.nad.teacher_rate": -0.1}, "defense.nad.teacher_rate must be positive, got -0.1"),
         ({"defense.beside": "rnp", "defense.rnp.recover_rate": 0.0}, "defense.rnp.recover_rate must be positive, got 0.0"),
         ({"defense.beside": "rnp", "defense.rnp.max_grad_norm": -1.0}, "rnp needs epochs of at least 1, unlearned within 0..1"),
+        (
+            {"defense.beside": "nad", "defense.nad.drops": ("a", 2)},
+            r"defense.nad.drops is \['a', 2\]; it must hold finite numbers",
+        ),
+        ({"defense.beside": "nad", "defense.nad.betas": (float("nan"),)}, r"defense.nad.betas is \[nan\]; it must hold finite"),
         ({"defense.beside": "nad", "defense.nad.momentum": 1.0}, "defense.nad.momentum must not be negative, and below 1"),
         ({"defense.beside": "nad", "defense.nad.cutout": -1}, "nad needs a cutout that is not negative"),
         ({"defense.name": "ft", "defense.cutout": -1}, "defense.cutout must not be negative"),
