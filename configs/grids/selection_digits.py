@@ -35,6 +35,12 @@ CANDIDATES = {
         "pam": REVERSED | {"rounds": 2, "learning_rate": 0.1, "momentum": 0.5, "share": 0.5, "rho": 0.1},
         "clp": {"u": 4.0},
     },
+    "c": {
+        "rnp": {"batch_size": 48, "unlearn_rate": 1e-3, "unlearned": 0.4, "recover_epochs": 40, "max_loss": 0.08},
+        "pam": REVERSED | {"rounds": 2, "learning_rate": 0.1, "share": 0.5, "rho": 0.5},
+        "sau": {"epochs": 60, "batch_size": 48, "learning_rate": 1e-3, "epsilon": 102.0, "step_size": 102.0},
+        "clp": {"u": 1.5},
+    },
 }
 
 
