@@ -7,6 +7,7 @@ result uses this seed or these images.
 """
 
 from bibau_jax import grid
+from configs import base, digits
 
 # A quarter of the generator's width, shorter rounds: with 32 channels one step takes seconds on a CPU.
 REVERSED = {"pretrain_epochs": 10, "mask_epochs": 10, "generator_epochs": 15, "epochs": 10, "width": 8, "batch_size": 48}
@@ -44,6 +45,13 @@ CANDIDATES = {
 }
 
 
+def _plain(name: str) -> dict:
+    """What a section of configs/digits.py was before anything was chosen, where that differs: its authors' settings."""
+    ours, theirs = digits.get_config().defense[name], base.get_config().defense[name]
+    of_the_images = {"nc": ("epochs",), "nad": ("cutout",)}.get(name, ())  # as long as FT; as large a square for digits
+    return {key: value for key, value in theirs.items() if value != ours[key] and key not in of_the_images}
+
+
 def get_grid():
     """One run a set of candidates and attack, all of its defences beside each other; not called back."""
     jobs = []
@@ -55,6 +63,7 @@ def get_grid():
         for suffix, sections in CANDIDATES.items():
             first, *others = sections
             changed = {"defense.name": first, "defense.beside": ",".join(others)}
-            changed |= {f"defense.{one}.{key}": value for one, given in sections.items() for key, value in given.items()}
+            for one, given in sections.items():
+                changed |= {f"defense.{one}.{key}": value for key, value in (_plain(one) | given).items()}
             jobs.append(grid.Job(f"{name}_{suffix}", f"configs/digits.py:{attack}", settings | changed, reuse=name, twin=name))
     return jobs
