@@ -162,8 +162,9 @@ def _numbers(config: dict) -> None:
     for name, value in workdir.flat(config).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{name} is {value}; it must be a finite number")
-        if isinstance(value, list) and not all(isinstance(one, int | float) and math.isfinite(one) for one in value):
-            raise UserError(f"{name} is {value}; it must hold finite numbers")
+        if name.startswith("defense.") and isinstance(value, list):
+            if not all(isinstance(one, int | float) and math.isfinite(one) for one in value):
+                raise UserError(f"{name} is {value}; it must hold finite numbers")
     if not 0 <= config["seed"] < 2**31:
         raise UserError(f"seed {config['seed']} is outside 0..{2**31 - 1}")
 
