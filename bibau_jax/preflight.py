@@ -107,11 +107,12 @@ def check(run: Run, wanted: list[str]) -> None:
 def _own_settings(row: str, section: dict) -> None:
     """Refuses what no training of a defence with settings of its own can use, whichever it is."""
     for name, value in section.items():
-        if name == "batch_size" and value < 1:
+        if (name == "batch_size" or name.endswith("epochs")) and value < 1:
             raise UserError(f"defense.{row}.{name} must be at least 1, got {value}")
         if name.endswith("rate") and value <= 0:
             raise UserError(f"defense.{row}.{name} must be positive, got {value}")
-        if (name == "momentum" and not 0 <= value < 1) or (name == "weight_decay" and value < 0):
+        negative = (name == "weight_decay" or name.startswith("lambda_")) and value < 0
+        if (name == "momentum" and not 0 <= value < 1) or negative:
             raise UserError(f"defense.{row}.{name} must not be negative{', and below 1' * (name == 'momentum')}, got {value}")
 
 

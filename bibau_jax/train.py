@@ -245,7 +245,7 @@ def fit(
                 journal.scalars.write(stage=journal.stage, **history[-1])
             tally = Tally()
             journal.guard.see(state, history)
-            if journal.keeper is not None and (whole or epoch + 1 == epochs):
+            if journal.keeper is not None and (whole or epoch + 1 == epochs or journal.keeper.due(int(state.step))):
                 run.save(state, history, tally)
     run.check_finite(state)
     return journal.guard.best(state, history), history

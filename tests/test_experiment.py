@@ -313,6 +313,11 @@ def test_without_a_clean_twin_the_checks_that_need_one_are_left_out_and_said_so(
             r"defense.nad.drops is \['a', 2\]; it must hold finite numbers",
         ),
         ({"defense.beside": "nad", "defense.nad.betas": (float("nan"),)}, r"defense.nad.betas is \[nan\]; it must hold finite"),
+        ({"defense.name": "ft", "defense.ft.epochs": -3}, "defense.ft.epochs must be at least 1, got -3"),
+        (
+            {"defense.beside": "ibu", "defense.ibu.lambda_clean": -1.0},
+            "defense.ibu.lambda_clean must not be negative, got -1.0",
+        ),
         ({"defense.beside": "nad", "defense.nad.momentum": 1.0}, "defense.nad.momentum must not be negative, and below 1"),
         ({"defense.beside": "nad", "defense.nad.cutout": -1}, "nad needs a cutout that is not negative"),
         ({"defense.name": "ft", "defense.cutout": -1}, "defense.cutout must not be negative"),

@@ -193,6 +193,17 @@ def test_a_run_that_is_cut_off_goes_on_as_if_it_had_not_been(fit, uninterrupted,
     assert timeless(history) == timeless(uninterrupted[1])
 
 
+def test_checkpoints_that_fall_on_ends_of_epochs_are_kept_too(fit, uninterrupted, tmp_path):
+    cut = CutKeeper(tmp_path, every_steps=STEPS)
+    cut.cut_at = 2 * STEPS
+    with pytest.raises(Cut):
+        fit(journal=train.Journal(keeper=cut))
+    assert cut.latest() == STEPS
+    state, history = fit(journal=train.Journal(keeper=Keeper(tmp_path, every_steps=STEPS)))
+    same(state, uninterrupted[0])
+    assert timeless(history) == timeless(uninterrupted[1])
+
+
 def test_a_run_cut_off_within_an_epoch_can_go_on_by_whole_epochs(fit, uninterrupted, tmp_path):
     cut = CutKeeper(tmp_path, every_steps=3)
     cut.cut_at = 7
