@@ -12,6 +12,7 @@ from bibau_jax.data import ImageSet
 from bibau_jax.defenses import anp, bnp, clp, ep, pruning
 from bibau_jax.errors import NotApplicable, UserError
 from bibau_jax.models import inside
+from bibau_jax.models.classifier import at
 
 PRUNERS = ("anp", "rnp", "clp", "ep", "bnp")
 
@@ -154,12 +155,37 @@ def test_the_divergence_of_two_normal_distributions():
     assert bnp.divergence(np.float64(0.7), np.float64(1.69), 0.7, 1.69) == pytest.approx(0)
 
 
+def test_bnp_takes_the_variance_over_places_and_images_even_of_a_channel_that_hardly_varies(backdoored, monkeypatch):
+    rng, seen = np.random.default_rng(0), []
+    values = (rng.normal(size=(6, 4, 4, 3)) * [1.0, 1e-2, 0.0] + [5.0, 20.0, 50.0]).astype(np.float32)
+    given = {name: np.asarray(bnp.moments(values)) for name in backdoored.classifier.all_norms}
+    monkeypatch.setattr(bnp, "given", lambda *rest: given)
+    monkeypatch.setattr(bnp, "divergence", lambda *told: seen.append(told[:2]) or np.zeros(3))
+    monkeypatch.setattr(bnp, "prune", lambda classifier, variables, pruned, bias: variables)
+    bnp.purify(keys.root(0), backdoored.classifier, backdoored.variables, backdoored.clean)
+    assert len(seen) == len(given)
+    for mean, variance in seen:
+        np.testing.assert_allclose(mean, values.astype(np.float64).mean((0, 1, 2)), rtol=1e-6)
+        np.testing.assert_allclose(variance, values.astype(np.float64).var((0, 1, 2)), rtol=1e-2, atol=1e-8)
+
+
 def test_bnp_prunes_the_channel_whose_statistics_are_not_those_of_clean_images(backdoored):
     variables = jax.tree.map(np.array, backdoored.variables)
     variables["batch_stats"]["layer1_0"]["bn1"]["mean"][3] += 100.0
     result = bnp.purify(keys.root(0), backdoored.classifier, variables, backdoored.clean, padding=0, flip=False)
     assert result.variables["params"]["layer1_0"]["bn1"]["scale"][3] == 0
     assert result.variables["params"]["layer1_0"]["bn1"]["bias"][3] != 0
+
+
+@pytest.mark.parametrize("zero_bias", [False, True])
+def test_ep_takes_biases_too_where_it_is_told_to(zero_bias, tiny, tiny_variables, digits):
+    variables = tiny_variables | {"params": jax.tree.map(lambda leaf: leaf + 0.25, tiny_variables["params"])}
+    poisoned = digits.train.take(slice(0, 60))
+    found = ep.purify(keys.root(0), tiny, variables, poisoned=poisoned, u=1.0, padding=0, flip=False, zero_bias=zero_bias)
+    norm = [at(found.variables["params"], path) for path in tiny.all_norms.values()]
+    pruned = np.concatenate([part["scale"] == 0 for part in norm])
+    assert pruned.any() and found.told["pruned"] == pruned.sum()
+    assert (np.concatenate([part["bias"] for part in norm])[pruned] == 0).all() == zero_bias
 
 
 def test_ep_is_given_poisoned_images_and_says_so(backdoored):

@@ -598,6 +598,17 @@ def test_nads_wrong_settings_are_named(tiny, tiny_variables, digits, wrong):
         nad.purify(keys.root(0), tiny, tiny_variables, digits.train.take(slice(0, 20)), **wrong)
 
 
+def test_nad_looks_at_the_last_stages_the_deepest_with_the_last_beta(digits, monkeypatch):
+    classifier = models.build("resnet18", width=2, stages=(1, 1, 1), num_classes=10, image_shape=(16, 16, 1))
+    variables, seen, real = jax.device_get(classifier.init(keys.root(0))), [], train.fit
+    monkeypatch.setattr(train, "fit", lambda step, *given, **options: seen.append(step) or real(step, *given, **options))
+    options = {"epochs": 1, "teacher_epochs": 1, "batch_size": 20, "cutout": 2, "padding": 0, "flip": False}
+    nad.purify(keys.root(0), classifier, variables, digits.train.take(slice(0, 20)), betas=(5.0, 7.0), **options)
+    assert seen[-1].keywords["paths"] == (("layer2_0",), ("layer3_0",)) and seen[-1].keywords["betas"] == (5.0, 7.0)
+    nad.purify(keys.root(0), classifier, variables, digits.train.take(slice(0, 20)), betas=(1.0, 2.0, 3.0, 4.0), **options)
+    assert len(seen[-1].keywords["paths"]) == 3 and seen[-1].keywords["betas"] == (2.0, 3.0, 4.0)
+
+
 def test_attention_is_not_applicable_to_a_network_without_stages(tiny, tiny_variables, digits):
     bare = dataclasses.replace(tiny, stages=())
     with pytest.raises(NotApplicable, match="this network has none"):

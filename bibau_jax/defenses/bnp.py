@@ -19,8 +19,8 @@ from bibau_jax.models.classifier import at
 
 
 def moments(value: jax.Array) -> jax.Array:
-    """Mean and mean square over space, [N, 2, C]."""
-    return jnp.stack([value.mean((1, 2)), (value**2).mean((1, 2))], 1)
+    """Mean and variance over space, [N, 2, C]."""
+    return jnp.stack([value.mean((1, 2)), value.var((1, 2))], 1)
 
 
 def divergence(mean, variance, running_mean, running_variance) -> np.ndarray:
@@ -51,6 +51,7 @@ def purify(
 ) -> Purified:
     """Prunes channels whose divergence over `images` of the clean set is above mean + u std of their layer; biases stay."""
     check_clean(classifier, clean)
+    classifier = classifier.in_float32()  # as its authors compute
     check_network(classifier)
     check(classifier.num_classes, images=images, u=u)
     order = np.asarray(jax.random.permutation(keys.stream(key, "images"), len(clean)))[:images]
@@ -58,8 +59,9 @@ def purify(
     variables, pruned = jax.device_get(variables), {}
     found = given(classifier, variables, np.asarray(pixels), moments)
     for name, path in classifier.all_norms.items():
-        mean, square = np.asarray(found[name], np.float64).mean(0)
+        means, variances = np.asarray(found[name], np.float64).transpose(1, 0, 2)
         running = at(variables["batch_stats"], path)
-        apart = divergence(mean, square - mean**2, running["mean"], running["var"])
+        # Within images and between them: a difference of squares would leave rounding where a channel hardly varies.
+        apart = divergence(means.mean(0), variances.mean(0) + means.var(0), running["mean"], running["var"])
         pruned[name] = outliers(apart, u)
     return Purified(prune(classifier, variables, pruned, bias=False), [], told=count(pruned))

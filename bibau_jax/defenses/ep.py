@@ -70,6 +70,7 @@ def purify(
       width: of the histogram's bins, in standard deviations (the authors: 0.01 for 500 images; BackdoorBench: 0.1 for 256).
       zero_bias: prune biases too, as BackdoorBench does; the authors' code leaves them.
     """
+    classifier = classifier.in_float32()  # bins are finer than bfloat16
     check_network(classifier)
     check(classifier.num_classes, images=images, width=width, u=u)
     if len(poisoned) < 2:

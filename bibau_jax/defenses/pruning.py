@@ -99,7 +99,7 @@ def by_masks(
 
     if threshold > 0:
         return at(threshold)
-    least = train.accuracy(classifier, variables, images.images, images.labels) - max_loss
+    least = train.accuracy(classifier, variables, images.images, images.labels) - max_loss - 1e-9  # exactly max_loss is allowed
     best, seen = (variables, {"threshold": 0.0} | count(below(masks, -1.0))), None
     for cut in tried:
         found = at(cut)
