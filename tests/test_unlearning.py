@@ -457,24 +457,31 @@ def test_the_generator_is_called_back_the_harder_the_farther_it_strays(shift, we
     assert float(told["loss"]) == pytest.approx(answers + mean_square(features, moved) + weight * apart, rel=1e-4)
 
 
-@pytest.mark.parametrize("shift", [3.0, 60.0])
-def test_what_the_mask_leaves_out_is_moved_and_what_it_keeps_is_not(shift, tiny, tiny_variables, batch):
-    images, labels = batch
-    scale, optimizer = bti_dbf.scale_of(np.asarray(images)), optax.sgd(1.0)
-    _, features = bti_dbf.feature_map(tiny, tiny_variables, images)
-    _, moved = bti_dbf.feature_map(tiny, tiny_variables, images + shift)
-    mask = np.random.default_rng(0).uniform(0, 1, (1, *features.shape[1:])).astype(np.float32)
+def reversal(classifier, frozen, batch, scale, shift) -> dict:
+    """What a step of the generator tells that adds `shift` to every pixel."""
+    optimizer = optax.sgd(1.0)
     _, told = bti_dbf.reversal_step(
         train.new_state({"params": {"shift": shift}, "batch_stats": {}}, optimizer),
-        (tiny_variables, mask, np.int32(-1)),
-        {"images": images, "labels": labels},
+        frozen,
+        dict(zip(("images", "labels"), batch, strict=True)),
         keys.root(0),
-        classifier=tiny,
+        classifier=classifier,
         generate=lambda params, pixels: pixels + params["shift"],
         scale=scale,
         optimizer=optimizer,
         prepare=lambda key, batch: batch["images"],
     )
+    return told
+
+
+@pytest.mark.parametrize("shift", [3.0, 60.0])
+def test_what_the_mask_leaves_out_is_moved_and_what_it_keeps_is_not(shift, tiny, tiny_variables, batch):
+    images, _ = batch
+    scale = bti_dbf.scale_of(np.asarray(images))
+    _, features = bti_dbf.feature_map(tiny, tiny_variables, images)
+    _, moved = bti_dbf.feature_map(tiny, tiny_variables, images + shift)
+    mask = np.random.default_rng(0).uniform(0, 1, (1, *features.shape[1:])).astype(np.float32)
+    told = reversal(tiny, (tiny_variables, mask, np.int32(-1)), batch, scale, shift)
     benign, rest = mean_square(mask * features, mask * moved), mean_square((1 - mask) * features, (1 - mask) * moved)
     apart = float(((shift / scale.std) ** 2).mean())
     assert (apart > 0.3) == (shift > 10) and benign < 3 and rest > 0
@@ -502,27 +509,13 @@ def test_unlearning_asks_for_labels_and_for_features_that_stay(tiny, tiny_variab
 
 
 def test_images_are_reversed_towards_the_class_that_is_asked_for(tiny, tiny_variables, batch):
-    images, labels = batch
-    scale, optimizer = bti_dbf.scale_of(np.asarray(images)), optax.sgd(1.0)
+    images, _ = batch
+    scale = bti_dbf.scale_of(np.asarray(images))
     _, features = bti_dbf.feature_map(tiny, tiny_variables, images)
-    mask, state = (
-        jnp.full((1, *features.shape[1:]), 0.5),
-        train.new_state({"params": {"shift": 3.0}, "batch_stats": {}}, optimizer),
-    )
+    mask = jnp.full((1, *features.shape[1:]), 0.5)
 
     def loss(target):
-        _, told = bti_dbf.reversal_step(
-            state,
-            (tiny_variables, mask, target),
-            {"images": images, "labels": labels},
-            keys.root(0),
-            classifier=tiny,
-            generate=lambda params, pixels: pixels + params["shift"],
-            scale=scale,
-            optimizer=optimizer,
-            prepare=lambda key, batch: batch["images"],
-        )
-        return float(told["loss"])
+        return float(reversal(tiny, (tiny_variables, mask, target), batch, scale, 3.0)["loss"])
 
     towards = cross_entropy(tiny.apply(tiny_variables, images + 3.0).logits, jnp.full(len(images), 2)).mean()
     assert loss(np.int32(2)) - loss(np.int32(-1)) == pytest.approx(float(towards), rel=1e-4)

@@ -203,15 +203,16 @@ def invert(
         count = max(1, int(memory * 2**30 / each))
     found, history, parts = [], [], []
     firsts = range(0, len(classes), count)
+    several = len(firsts) > 1
     for number, first in enumerate(firsts):
         given = (keys.stream(key, "group", first) if first else key, classifier, variables, clean)
         # Each group its share of the time: a class that had none would look like one without a small trigger.
-        part = journal.part(f"from_{first}", len(firsts) - number) if len(firsts) > 1 else journal
+        part = journal.part(f"from_{first}", len(firsts) - number) if several else journal
         options = {"classes": classes[first : first + count], "also": also, "batch_size": batch_size, "journal": part}
         triggers, told = together(*given, **options, **search)
         found.append(triggers)
         history += told
-        parts += [part] if len(firsts) > 1 else []
+        parts += [part] if several else []
     for part in parts:
         if part.keeper is not None:
             part.keeper.clear()
